@@ -1,0 +1,73 @@
+"""The differentiable all-to-all of rows, and the only file that calls the collective."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class _ExchangeRows(torch.autograd.Function):
+    """forward   received = E rows
+    backward  d rows   = Eᵀ d received, the same exchange with the counts swapped
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, sent: tuple[int, ...], received: tuple[int, ...], group: dist.ProcessGroup
+    ) -> Tensor:
+        ctx.sent, ctx.received, ctx.group = sent, received, group
+        out = rows.new_empty((sum(received), *rows.shape[1:]))
+        dist.all_to_all_single(out, rows.contiguous(), list(received), list(sent), group=group)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        return _ExchangeRows.apply(grads[0], ctx.received, ctx.sent, ctx.group), None, None, None  # type: ignore[return-value]
+
+
+def check_group(group: dist.ProcessGroup | None, num_ranks: int, what: str) -> None:
+    """Raise ValueError unless ``group`` is a process group of ``num_ranks`` ranks. No communication."""
+    if not isinstance(group, dist.ProcessGroup):
+        raise ValueError(
+            f"group is {group!r}; pass the process group explicitly, e.g. torch.distributed.group.WORLD once "
+            "init_process_group has run, or device_mesh.get_group()"
+        )
+    if group.size() != num_ranks:
+        raise ValueError(
+            f"{what} describes {num_ranks} ranks, but the group has {group.size()}; they have to be equal, one "
+            "piece per rank in the group's rank order (for a group that is part of a mesh: sharding.select(ranks))"
+        )
+
+
+def exchange_rows(rows: Tensor, sent: Sequence[int], received: Sequence[int], group: dist.ProcessGroup) -> Tensor:
+    """Send ``sent[r]`` consecutive rows to each rank r of ``group``; return the rows received, in rank order.
+
+    Args:
+        rows: (sum(sent), ...), any dtype the backend carries, any strides.
+        sent: rows for each rank; 0 is ordinary.
+        received: rows from each rank: what that rank's ``sent`` says for this one.
+        group: the process group; a group of one rank communicates nothing.
+
+    Returns:
+        (sum(received), ...).
+
+    The gradient makes the same call with the counts swapped, also on a rank that has no rows. Counts that two ranks
+    do not agree on cannot be seen from one of them: the backend reports them, or waits.
+
+    Raises:
+        ValueError: counts of the wrong number or sum, or a group that is not one. Raised before the collective.
+    """
+    sent, received = tuple(sent), tuple(received)
+    check_group(group, len(sent), f"sent = {sent}")
+    if len(received) != len(sent) or min(*sent, *received) < 0 or sum(sent) != rows.shape[0]:
+        raise ValueError(
+            f"{rows.shape[0]} rows with sent = {sent} and received = {received}; both need one count >= 0 per rank, "
+            "and sent has to sum to the number of rows"
+        )
+    if len(sent) == 1:
+        if sent != received:
+            raise ValueError(f"sent = {sent} and received = {received} in a group of one rank; they have to be equal")
+        return rows
+    return _ExchangeRows.apply(rows, sent, received, group)  # type: ignore[return-value]

@@ -1,0 +1,218 @@
+"""The plan of one dispatch: integers only, made once, replayed as often as needed.
+
+Four numberings meet here. *Sent* rows: one per distinct (token of mine, rank that needs it), by rank, then token.
+*Received* rows: the same seen from the other side, by source rank, then token. *Rows*: one per choice that fell on an
+expert of mine, by expert, then global token, then choice. *Entries*: the terms of a sum, so that every sum runs over
+consecutive entries.
+"""
+
+from dataclasses import dataclass, fields
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .exchange import check_group
+from .partition import Partition
+from .routing import BAD, digest, exchange_routing, raise_on_every_rank
+from .row_index import Routes
+from .sharding import TokenSharding
+
+# Ids travel as one byte or as int16 (gloo carries both as bytes).
+MOST_EXPERTS = 32766
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class DispatchMetadata:
+    """Where every row of one dispatch comes from and goes to. Made by :func:`plan_dispatch`; holds no activation.
+
+    Letters: t tokens of this rank, S rows it sends, R rows it receives, M rows of its experts, e its experts. All
+        tensors are int64 on the
+    device of the ids.
+
+    Attributes:
+        local_shape: (b, l, D), or (l, b, D) for order "LB": the shape of this rank's tokens.
+        sharding: who holds which token, uneven offsets included.
+        experts: who holds which expert.
+        rank: this rank in ``group``.
+        group: the expert-parallel process group.
+        rows_sent: rows for each rank, one per distinct (token, rank).
+        rows_received: rows from each rank.
+        expert_BlK: the ids that the plan was made from. A plan made from them again equals this one.
+        rows_per_expert_e: how many rows each of this rank's experts got.
+        token_of_row_M: global token of each row.
+        received_of_row_M: received row that each row is a copy of.
+        choice_of_row_M: which of its token's K choices each row is.
+        token_of_sent_S: local token of each sent row.
+        sent_of_entry_S, first_entry_t: the sent rows of local token i are those of the entries from
+            ``first_entry_t[i]`` on.
+        row_of_entry_M, first_entry_R: the rows of received row i are those of the entries from ``first_entry_R[i]``
+            on.
+    """
+
+    local_shape: tuple[int, int, int]
+    sharding: TokenSharding
+    experts: Partition
+    rank: int
+    group: dist.ProcessGroup
+    rows_sent: tuple[int, ...]
+    rows_received: tuple[int, ...]
+    expert_BlK: Tensor
+    rows_per_expert_e: Tensor
+    token_of_row_M: Tensor
+    received_of_row_M: Tensor
+    choice_of_row_M: Tensor
+    token_of_sent_S: Tensor
+    sent_of_entry_S: Tensor
+    first_entry_t: Tensor
+    row_of_entry_M: Tensor
+    first_entry_R: Tensor
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, DispatchMetadata):
+            return NotImplemented
+        pairs = ((getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
+        return all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in pairs)
+
+    __hash__ = None  # type: ignore[assignment]  # tensors compare by value, and they can be written to
+
+
+@torch.no_grad()
+def plan_dispatch(
+    expert_BlK: Tensor,
+    *,
+    dim: int,
+    sharding: TokenSharding,
+    experts: Partition,
+    group: dist.ProcessGroup,
+    weight_BlK: Tensor | None = None,
+) -> DispatchMetadata:
+    """Plan which rows go where. One collective of known size, then one copy to the host: the only one of the layer.
+
+    Args:
+        expert_BlK: (b, l, K), or (l, b, K), int64: the experts of each of this rank's tokens. -1 means no expert; an
+            expert named twice counts twice.
+        dim: width D of the rows to move.
+        sharding: the tokens that this group holds, one shard per rank, in the group's rank order.
+        experts: the experts that each rank of the group holds.
+        group: the expert-parallel process group.
+        weight_BlK: routing weights to check along with the ids, if the caller has them already; the plan does not
+            keep them. A NaN in them can be reported on every rank only here: later, ranks without a row of that token
+            would not learn of it.
+
+    Raises:
+        ValueError: the same text on every rank, naming the rank at fault: ids of the wrong dtype or shape or outside
+            the experts, a NaN weight, or ranks that disagree about dim, sharding, experts or K. Raised after the
+            routing exchange, and before any row moves; the group stays usable. A group of the wrong size is refused
+            before any collective.
+    """
+    check_plan(dim, sharding, experts, group)
+    rank = group.rank()
+    problem = _problem_of_ids(expert_BlK, sharding, rank) or _problem_of_weights(expert_BlK, weight_BlK)
+    if problem:
+        num_choices = expert_BlK.shape[-1] if isinstance(expert_BlK, Tensor) and expert_BlK.ndim else 1
+        device = expert_BlK.device if isinstance(expert_BlK, Tensor) else torch.device("cpu")
+        refuse_plan(
+            problem, num_choices=num_choices, device=device, dim=dim, sharding=sharding, experts=experts, group=group
+        )
+    expert_tK = expert_BlK.flatten(0, 1)
+    num_choices = expert_tK.shape[1]
+    facts = _facts(num_choices, dim, sharding, experts)
+    bad = ((expert_tK < -1) | (expert_tK >= experts.total)).any()
+    if weight_BlK is not None:
+        bad = bad | weight_BlK.isnan().any()
+    word = torch.where(bad, BAD, digest(facts)).to(torch.int64)
+    expert_GK, word_P = exchange_routing(expert_tK, word, sharding=sharding, experts=experts, group=group)
+    routes = Routes.of(expert_GK, sharding, experts, rank)
+    words, rows_sent, rows_received, rows_per_expert = routes.counts_to_host(word_P)
+    if set(words) != {digest(facts)}:
+        problem = _problem_of_values(expert_tK, weight_BlK, experts) if words[rank] == BAD else ""
+        raise_on_every_rank(problem, facts, device=expert_tK.device, group=group)
+    return DispatchMetadata(
+        local_shape=(*sharding.local_shape(rank), dim),
+        sharding=sharding,
+        experts=experts,
+        rank=rank,
+        group=group,
+        rows_sent=rows_sent,
+        rows_received=rows_received,
+        expert_BlK=expert_BlK.detach(),
+        rows_per_expert_e=routes.rows_per_expert_e,
+        **routes.index_sent(sum(rows_sent)),
+        **routes.index_rows(sum(rows_received), sum(rows_per_expert)),
+    )
+
+
+@torch.no_grad()
+def refuse_plan(
+    problem: str,
+    *,
+    num_choices: int,
+    device: torch.device,
+    dim: int,
+    sharding: TokenSharding,
+    experts: Partition,
+    group: dist.ProcessGroup,
+) -> None:
+    """Take this rank's part in the routing exchange of a plan that it cannot make, and raise ``problem`` on every
+    rank.
+
+    For callers that find, before they have ids, that they cannot go on: their peers are in :func:`plan_dispatch`.
+    """
+    check_plan(dim, sharding, experts, group)
+    word = torch.full((), BAD, dtype=torch.int64, device=device)
+    none_tK = word.expand(sharding.local_sizes[group.rank()], num_choices)
+    exchange_routing(none_tK, word, sharding=sharding, experts=experts, group=group)
+    raise_on_every_rank(problem, _facts(num_choices, dim, sharding, experts), device=device, group=group)
+
+
+def check_plan(dim: int, sharding: TokenSharding, experts: Partition, group: dist.ProcessGroup) -> None:
+    """Facts that every rank can see: ValueError on all of them, before any collective."""
+    check_group(group, sharding.num_ranks, "the token sharding")
+    check_group(group, len(experts), "the partition of experts")
+    if not isinstance(dim, int) or dim < 1:
+        raise ValueError(
+            f"dim is {dim!r}; it is the width of the rows to move, an int of at least 1, e.g. x_BlD.shape[-1]"
+        )
+    if not 1 <= experts.total <= MOST_EXPERTS:
+        raise ValueError(f"{experts.total} experts; a group can have 1 to {MOST_EXPERTS}")
+
+
+def _facts(num_choices: int, dim: int, sharding: TokenSharding, experts: Partition) -> str:
+    return f"K = {num_choices}, dim = {dim}, experts = {experts.sizes}, {sharding}"
+
+
+def _problem_of_ids(expert_BlK: Tensor, sharding: TokenSharding, rank: int) -> str:
+    if not isinstance(expert_BlK, Tensor) or expert_BlK.dtype != torch.int64:
+        got = expert_BlK.dtype if isinstance(expert_BlK, Tensor) else type(expert_BlK)
+        return f"expert ids are {got}; they have to be a torch.int64 tensor, e.g. scores.topk(K).indices"
+    if expert_BlK.ndim != 3 or tuple(expert_BlK.shape[:2]) != sharding.local_shape(rank) or not expert_BlK.shape[2]:
+        return (
+            f"expert ids of shape {tuple(expert_BlK.shape)}; its shard in order {sharding.order!r} is "
+            f"{sharding.local_shape(rank)}, so they have to be {(*sharding.local_shape(rank), 'K')} with K >= 1"
+        )
+    return ""
+
+
+def _problem_of_weights(expert_BlK: Tensor, weight_BlK: Tensor | None) -> str:
+    if weight_BlK is None or (weight_BlK.shape == expert_BlK.shape and weight_BlK.is_floating_point()):
+        return ""
+    return (
+        f"weights of shape {tuple(weight_BlK.shape)} and dtype {weight_BlK.dtype} for ids of shape "
+        f"{tuple(expert_BlK.shape)}; each choice needs one floating-point weight"
+    )
+
+
+def _problem_of_values(expert_tK: Tensor, weight_BlK: Tensor | None, experts: Partition) -> str:
+    """The first value at fault; reads the device, so only once it is known that there is one."""
+    outside_tK = (expert_tK < -1) | (expert_tK >= experts.total)
+    if outside_tK.any():
+        token, choice = outside_tK.nonzero()[0].tolist()
+        return (
+            f"expert id {int(expert_tK[token, choice])} at local token {token}, choice {choice}; ids are 0 to "
+            f"{experts.total - 1}, or -1 for no expert"
+        )
+    token, choice = (weight_BlK if weight_BlK is not None else expert_tK).flatten(0, -2).isnan().nonzero()[0].tolist()
+    return (
+        f"the weight at local token {token}, choice {choice} is NaN; look for NaN or Inf in the input of the router"
+    )

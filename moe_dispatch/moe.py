@@ -1,0 +1,138 @@
+"""The MoE layer as one module."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .balance import sum_counts
+from .dispatch import combine, dispatch
+from .experts import GroupedExperts
+from .metadata import DispatchMetadata, check_plan, plan_dispatch, refuse_plan
+from .partition import Partition
+from .recompute import ForwardMemory, in_backward
+from .router import TopKRouter
+from .sharding import TokenSharding
+
+
+class MoE(nn.Module):
+    """Router, dispatch, this rank's experts, combine and shared experts, to drop into a transformer block.
+
+    Args:
+        router: over all E experts; the same on every rank.
+        experts: this rank's share of them.
+        partition: which rank of ``group`` holds which experts.
+        group: the expert-parallel process group.
+        shared: experts that every token goes to, as one module (..., D) -> (..., D), e.g. :class:`SwiGLU`.
+
+    Attributes:
+        load_E: choices that fell on each expert from this rank's tokens since :meth:`update_bias`; counted in
+            training mode, once per forward (a recomputation does not count), and not part of the state dict.
+
+    Gradients: each rank's loss counts its own tokens; the gradient of a parameter that several ranks hold is the
+        *sum* of theirs. Experts
+    need no reduction over ``group``: all of their rows came here.
+
+    Raises:
+        ValueError: experts that are not what the partition gives this rank, or a router over another number of
+            experts.
+    """
+
+    def __init__(
+        self,
+        *,
+        router: TopKRouter,
+        experts: GroupedExperts,
+        partition: Partition,
+        group: dist.ProcessGroup,
+        shared: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        check_plan(router.dim, TokenSharding(batch=1, seq=Partition.balanced(0, len(partition))), partition, group)
+        mine = partition.sizes[group.rank()]
+        if router.num_experts != partition.total or experts.num_experts != mine:
+            raise ValueError(
+                f"a router over {router.num_experts} experts and {experts.num_experts} experts on rank "
+                f"{group.rank()}, but {partition} has {partition.total} experts, {mine} of them here; build both "
+                "from the partition"
+            )
+        self.router, self.experts, self.partition, self.group = router, experts, partition, group
+        self.shared = shared
+        self.load_E: Tensor
+        self.register_buffer("load_E", torch.zeros(partition.total, dtype=torch.int64), persistent=False)
+        self._plans: ForwardMemory[DispatchMetadata] = ForwardMemory()
+
+    def forward(self, x_BlD: Tensor, *, sharding: TokenSharding) -> tuple[Tensor, Tensor]:
+        """The layer's output and the router's scores.
+
+        Three collectives forward and two backward. Inside non-reentrant ``torch.utils.checkpoint`` the recomputation
+        takes the plan of its
+        forward: tokens are routed once.
+
+        Args:
+            x_BlD: (b, l, D), or (l, b, D), this rank's tokens.
+            sharding: the tokens that the group holds.
+
+        Returns:
+            ``y_BlD``, like ``x_BlD``, and ``scores_BlE``, from which :func:`sequence_balance_loss` makes its loss.
+
+        Raises:
+            ValueError: the same on every rank of the group, naming the rank at fault: an ``x_BlD`` of the wrong shape
+                or dtype, a NaN in the routing weights, ranks that disagree about the sharding.
+        """
+        problem = self._problem(x_BlD, sharding)
+        if problem:
+            refuse_plan(
+                problem,
+                num_choices=self.router.top_k,
+                device=x_BlD.device,
+                dim=self.router.dim,
+                sharding=sharding,
+                experts=self.partition,
+                group=self.group,
+            )
+        scores_BlE = self.router(x_BlD)
+        metadata = self._plans.recall(lambda: self._plan(scores_BlE.detach(), sharding))
+        weight_BlK = self.router.weigh(scores_BlE, metadata.expert_BlK)
+        x_MD, weight_M = dispatch(x_BlD, weight_BlK, metadata)
+        y_MD = self.experts(x_MD, metadata.rows_per_expert_e, weight_M)
+        y_BlD = combine(y_MD, metadata)
+        if self.shared is not None:
+            y_BlD = y_BlD + self.shared(x_BlD)
+        return y_BlD, scores_BlE
+
+    @torch.no_grad()
+    def update_bias(self, rate: float, group: dist.ProcessGroup) -> None:
+        """Move the router's bias by the load since the last call, then count from 0. Call it once per optimizer step.
+
+        Args:
+            rate: see :meth:`TopKRouter.update_bias`.
+            group: all ranks whose tokens train this layer (data, sequence and tensor-parallel shards). One
+                all-reduce.
+        """
+        sum_counts(self.load_E, group)
+        self.router.update_bias(self.load_E, rate)
+        self.load_E.zero_()
+
+    def _plan(self, scores_BlE: Tensor, sharding: TokenSharding) -> DispatchMetadata:
+        expert_BlK = self.router.choose(scores_BlE)
+        metadata = plan_dispatch(
+            expert_BlK,
+            dim=self.router.dim,
+            sharding=sharding,
+            experts=self.partition,
+            group=self.group,
+            weight_BlK=self.router.weigh(scores_BlE, expert_BlK),
+        )
+        if self.training and not in_backward():
+            self.load_E.scatter_add_(0, expert_BlK.flatten(), torch.ones_like(expert_BlK).flatten())
+        return metadata
+
+    def _problem(self, x_BlD: Tensor, sharding: TokenSharding) -> str:
+        check_plan(self.router.dim, sharding, self.partition, self.group)
+        shape = (*sharding.local_shape(self.group.rank()), self.router.dim)
+        if tuple(x_BlD.shape) == shape and x_BlD.is_floating_point():
+            return ""
+        return (
+            f"x is {tuple(x_BlD.shape)} of {x_BlD.dtype}; its shard in order {sharding.order!r} is {shape}, of a "
+            "floating-point dtype: pass the tokens that the sharding gives this rank"
+        )

@@ -1,0 +1,82 @@
+"""Consecutive things cut into one piece per rank: tokens, heads, experts."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+
+def check_count(value: object, name: str, least: int) -> None:
+    """Raise ValueError unless ``value`` is an int of at least ``least``."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} is {value!r}; it has to be an int of at least {least}")
+
+
+@dataclass(frozen=True, slots=True, init=False)
+class Partition:
+    """``total`` consecutive things cut into contiguous pieces, one per rank; a piece may be empty.
+
+    Args:
+        sizes: how many things each rank holds, in rank order.
+
+    Raises:
+        ValueError: no pieces, or a size that is not an int >= 0.
+    """
+
+    sizes: tuple[int, ...]
+
+    def __init__(self, sizes: Iterable[int]) -> None:
+        object.__setattr__(self, "sizes", tuple(sizes))
+        if not self.sizes:
+            raise ValueError(
+                "a Partition without pieces; it needs one size per rank, e.g. Partition((4,)) for one rank"
+            )
+        for rank, size in enumerate(self.sizes):
+            check_count(size, f"size {rank} of Partition({self.sizes})", least=0)
+
+    @classmethod
+    def even(cls, total: int, ranks: int) -> "Partition":
+        """Equal pieces; a remainder is refused."""
+        check_count(total, "total", least=0)
+        check_count(ranks, "ranks", least=1)
+        if total % ranks:
+            raise ValueError(
+                f"{total} things do not split evenly over {ranks} ranks; "
+                f"use Partition.balanced({total}, {ranks}) for pieces that differ by one"
+            )
+        return cls((total // ranks,) * ranks)
+
+    @classmethod
+    def balanced(cls, total: int, ranks: int) -> "Partition":
+        """Pieces that differ by at most one, the larger first, as ``torch.tensor_split`` cuts."""
+        check_count(total, "total", least=0)
+        check_count(ranks, "ranks", least=1)
+        return cls(total // ranks + (rank < total % ranks) for rank in range(ranks))
+
+    @classmethod
+    def chunked(cls, total: int, ranks: int) -> "Partition":
+        """Pieces of ``ceil(total / ranks)``, the last ones short or empty, as ``torch.chunk`` and DTensor's ``Shard``
+        cut."""
+        check_count(total, "total", least=0)
+        check_count(ranks, "ranks", least=1)
+        size = -(-total // ranks)
+        return cls(min(size, max(0, total - rank * size)) for rank in range(ranks))
+
+    @property
+    def offsets(self) -> tuple[int, ...]:
+        """Index of each rank's first thing, one per rank."""
+        return tuple(accumulate(self.sizes[:-1], initial=0))
+
+    @property
+    def total(self) -> int:
+        return sum(self.sizes)
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def owner(self, index: Tensor) -> Tensor:
+        """Rank that holds each ``index``; ``index`` has any shape, with values in [0, total)."""
+        ends = torch.tensor(self.offsets[1:], dtype=torch.int64, device=index.device)
+        return torch.bucketize(index, ends, right=True)
