@@ -1,8 +1,9 @@
 """Expert-parallel dispatch and combine: exact for uneven shards, in few bytes, unable to fail silently."""
 
+from .agreement import BAD, digest, raise_on_every_rank
 from .balance import sequence_balance_loss
 from .dispatch import combine, dispatch
-from .exchange import exchange_rows
+from .exchange import check_group, exchange_rows
 from .experts import GroupedExperts, SwiGLU
 from .mesh import ParallelMesh, build_mesh
 from .metadata import DispatchMetadata, plan_dispatch
@@ -13,6 +14,7 @@ from .router import TopKRouter
 from .sharding import TokenSharding
 
 __all__ = [
+    "BAD",
     "DispatchMetadata",
     "GroupedExperts",
     "MoE",
@@ -22,11 +24,14 @@ __all__ = [
     "TokenSharding",
     "TopKRouter",
     "build_mesh",
+    "check_group",
     "combine",
+    "digest",
     "dispatch",
     "exchange_rows",
     "gather_tokens",
     "place_tokens",
     "plan_dispatch",
+    "raise_on_every_rank",
     "sequence_balance_loss",
 ]

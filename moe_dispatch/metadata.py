@@ -12,9 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .agreement import BAD, digest, raise_on_every_rank
 from .exchange import check_group
 from .partition import Partition
-from .routing import BAD, digest, exchange_routing, raise_on_every_rank
+from .routing import exchange_routing
 from .row_index import Routes
 from .sharding import TokenSharding
 

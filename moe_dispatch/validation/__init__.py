@@ -1,0 +1,1 @@
+"""The main job: a DeepSeek-style model under every combination of parallelism, compared with one process."""

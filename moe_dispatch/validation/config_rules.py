@@ -1,0 +1,105 @@
+"""Rules between the keys of a config; a broken one is a sentence: key, fact, rule, a value that works."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .config import ModelConfig, RowConfig, ValidateConfig
+
+DTYPES = ("float32", "float64")
+
+
+def broken_rules(config: ValidateConfig) -> list[str]:
+    """Every rule that the config breaks; empty where it can run."""
+    problems = [*_of_model(config.model), *_of_dtypes(config)]
+    names = Counter(row.name for row in config.rows)
+    for index, row in enumerate(config.rows):
+        of_row = list(_of_row(row, config))
+        if names[row.name] > 1:
+            of_row.append(f"name is used {names[row.name]} times; give each row its own name")
+        for problem in of_row:
+            key, _, rest = problem.partition(" ")
+            problems.append(f'rows[{index}].{key} (row "{row.name}") {rest}')
+    return problems
+
+
+def _of_model(model: ModelConfig) -> Iterator[str]:
+    if model.dense_layers >= model.layers:
+        yield (
+            f"model.dense_layers is {model.dense_layers} of {model.layers} layers, leaving no MoE layer; "
+            f"it has to be below model.layers, e.g. dense_layers = {model.layers - 1}"
+        )
+    if model.rope_head_dim % 2:
+        yield (
+            f"model.rope_head_dim is {model.rope_head_dim}; RoPE turns pairs, so it has to be even, "
+            f"e.g. rope_head_dim = {model.rope_head_dim + 1}"
+        )
+    if model.experts % model.groups:
+        works = max(count for count in range(1, model.groups) if model.experts % count == 0)
+        yield (
+            f"model.groups is {model.groups}; groups of equal size have to hold the {model.experts} experts, "
+            f"e.g. groups = {works}"
+        )
+    elif model.limited_groups > model.groups:
+        yield (
+            f"model.limited_groups is {model.limited_groups}, of {model.groups} groups; "
+            f"it has to be at most model.groups, e.g. limited_groups = {model.groups}"
+        )
+    elif model.top_k > (reachable := model.experts // model.groups * model.limited_groups):
+        yield (
+            f"model.top_k is {model.top_k}; a token reaches the {reachable} experts of its "
+            f"{model.limited_groups} of {model.groups} groups, so it has to be at most that, "
+            f"e.g. top_k = {reachable}"
+        )
+
+
+def _of_dtypes(config: ValidateConfig) -> Iterator[str]:
+    for dtype, count in Counter(config.dtypes).items():
+        if count > 1:
+            yield f'dtypes lists "{dtype}" {count} times; list it once'
+        if dtype not in config.tolerance:
+            yield f"tolerance.{dtype} is missing; each of dtypes needs tolerances, e.g. [tolerance.{dtype}]"
+    for dtype in config.tolerance:
+        if dtype not in DTYPES:
+            yield f"tolerance.{dtype} is not a dtype; tolerances are those of {' or '.join(DTYPES)}"
+
+
+def _of_row(row: RowConfig, config: ValidateConfig) -> Iterator[str]:
+    """Sentences that start with a key of the row."""
+    ranks, experts = row.dp * row.sp * row.tp, config.model.experts
+    if row.sp > 1:
+        yield (
+            f"sp is {row.sp}; the attention of the validation model does not cut the sequence, so it has to "
+            "be 1: set sp = 1 and give its ranks to dp or tp"
+        )
+    elif ranks != config.ranks:
+        yield (
+            f"dp is {row.dp}, and dp * sp * tp = {row.dp} * {row.sp} * {row.tp} = {ranks}; it has to be "
+            f"ranks = {config.ranks}, e.g. {_mesh_that_works(row, config.ranks)}"
+        )
+    elif ranks % row.ep:
+        works = [str(ep) for ep in range(1, ranks + 1) if ranks % ep == 0 and ep <= experts]
+        yield f"ep is {row.ep}; it has to divide dp * sp * tp = {ranks}: set ep to {' or '.join(works)}"
+    elif row.ep > experts:
+        yield (
+            f"ep is {row.ep} for {experts} experts; every rank of a group holds at least one: "
+            "lower ep, or raise model.experts"
+        )
+    for key in ("heads", "dense_hidden", "vocab"):
+        value = getattr(config.model, key)
+        if value % row.tp:
+            yield (
+                f"tp is {row.tp}; it cuts model.{key} = {value} into equal parts, so it has to divide it: "
+                f"set model.{key} = {value + row.tp - value % row.tp}, or another tp"
+            )
+
+
+def _mesh_that_works(row: RowConfig, ranks: int) -> str:
+    if ranks % row.tp == 0:
+        return f"dp = {ranks // row.tp}, tp = {row.tp}"
+    if ranks % row.dp == 0:
+        return f"dp = {row.dp}, tp = {ranks // row.dp}"
+    return f"dp = {ranks}, tp = 1"

@@ -1,0 +1,183 @@
+"""Train the debug model for a few steps: in one process, and on a mesh; compare."""
+
+import time
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..balance import sequence_balance_loss
+from ..experts import GroupedExperts
+from ..mesh import ParallelMesh, build_mesh
+from ..metadata import plan_dispatch
+from ..moe import MoE
+from ..reference import ReferenceMoE, reference_balance_loss
+from ..router import TopKRouter
+from ..sharding import TokenSharding
+from .compare import compare
+from .config import RowConfig, ValidateConfig
+from .layout import OneProcess, OnMesh
+from .model import DebugModel
+from .mutants import mutated
+from .parallel import parallel_model, quiet, whole_gradients
+from .results import Reference, RowResult
+from .text import sample
+
+
+def run_reference(config: ValidateConfig, row: RowConfig, dtype: str, text: bytes) -> Reference:
+    """The training run in one process, its MoE layers as plain Python loops."""
+    model = whole_model(config, dtype)
+    layout = OneProcess(whole=TokenSharding(batch=row.batch, seq=row.seq))
+    coefficient, top_k = config.model.balance_coefficient, config.model.top_k
+    first: list[tuple[Tensor, dict[str, Tensor]]] = []
+
+    def step(token_BL: Tensor, label_BL: Tensor) -> float:
+        logits_TV, scores = model(token_BL, layout)
+        loss = F.cross_entropy(logits_TV, label_BL.flatten())
+        loss = loss + sum(coefficient * reference_balance_loss(scores_BLE, top_k) for scores_BLE in scores)
+        loss.backward()
+        if not first:
+            gradients = {name: gradient_of(parameter).double() for name, parameter in model.named_parameters()}
+            first.append((logits_TV.detach().double().view(row.batch, row.seq, -1), gradients))
+        return loss.item()
+
+    def after_step() -> None:
+        for module in model.modules():
+            if isinstance(module, ReferenceMoE):
+                module.update_bias(config.model.bias_rate)
+
+    losses = train(model, step, after_step, config, row, text)
+    return Reference(logits_BLV=first[0][0], losses=losses, gradients=first[0][1])
+
+
+def run_row(
+    config: ValidateConfig, row: RowConfig, dtype: str, text: bytes, reference: Reference, mutant: str
+) -> RowResult:
+    """One row of the matrix, on every rank of the default process group. The same result on every rank.
+
+    Args:
+        mutant: name of the known bug to put in; empty for none.
+    """
+    start = time.perf_counter()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    mesh = build_mesh(dp=row.dp, sp=row.sp, tp=row.tp, ep=row.ep, device_type=device)
+    with mutated(mutant), quiet():
+        found, rows_sent = train_on_mesh(config, row, dtype, text, mesh)
+    rank_of_token_T, _ = OnMesh.of(mesh, batch=row.batch, seq=row.seq).tokens.locate(
+        torch.arange(row.batch * row.seq)
+    )
+    return RowResult(
+        name=row.name,
+        dtype=dtype,
+        mesh=row.mesh,
+        shape=(row.batch, row.seq),
+        differences=compare(found, reference, config.tolerance[dtype]),
+        error="",
+        losses=found.losses,
+        reference_losses=reference.losses,
+        seconds=time.perf_counter() - start,
+        rank_of_token_BL=tuple(map(tuple, rank_of_token_T.view(row.batch, row.seq).tolist())),
+        rows_sent_PP=rows_sent,
+    )
+
+
+def train_on_mesh(
+    config: ValidateConfig, row: RowConfig, dtype: str, text: bytes, mesh: ParallelMesh
+) -> tuple[Reference, tuple[tuple[int, ...], ...]]:
+    """The training run on ``mesh``, gathered on every rank, and the rows that ranks sent each other at first."""
+    model = parallel_model(whole_model(config, dtype), config.model, mesh)
+    layout = OnMesh.of(mesh, batch=row.batch, seq=row.seq)
+    everyone = dist.group.WORLD
+    assert everyone is not None
+    coefficient, top_k = config.model.balance_coefficient, config.model.top_k
+    first: list[tuple[Tensor, dict[str, Tensor], tuple[tuple[int, ...], ...]]] = []
+
+    def step(token_BL: Tensor, label_BL: Tensor) -> float:
+        logits_uV, scores = model(layout.tokens.shard(token_BL, layout.rank), layout)
+        label_bL = layout.region_rows(label_BL)
+        # The same on every rank of "tp", whose gradients the head's DTensor does not sum again; summed over "dp".
+        loss = F.cross_entropy(logits_uV, label_bL.flatten(), reduction="sum") / label_BL.numel()
+        # One share per rank, each of its own tokens.
+        balance = sum(
+            coefficient * sequence_balance_loss(scores_blE, top_k=top_k, sharding=layout.tokens, group=everyone)
+            for scores_blE in scores
+        )
+        (loss + balance).backward()
+        if not first:
+            logits_BLV = layout.all_rows(logits_uV.detach().unflatten(0, layout.region_shape))
+            gradients = whole_gradients(model, mesh)
+            first.append((logits_BLV.cpu().double(), gradients, rows_sent(model, scores[0].detach(), layout)))
+        total = loss.detach() / mesh.dense["tp"].size() + balance
+        dist.all_reduce(total)
+        return total.item()
+
+    def after_step() -> None:
+        for module in model.modules():
+            if isinstance(module, MoE):
+                module.update_bias(config.model.bias_rate, everyone)
+
+    losses = train(model, step, after_step, config, row, text)
+    return Reference(logits_BLV=first[0][0], losses=losses, gradients=first[0][1]), first[0][2]
+
+
+def train(
+    model: DebugModel,
+    step: Callable[[Tensor, Tensor], float],
+    after_step: Callable[[], None],
+    config: ValidateConfig,
+    row: RowConfig,
+    text: bytes,
+) -> tuple[float, ...]:
+    """The loss of each step. ``step`` gets the whole batch and leaves gradients; AdamW follows."""
+    settings = config.train
+    # foreach would put DTensors of different meshes into one operation.
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, foreach=False
+    )
+    device = next(model.parameters()).device
+    losses = []
+    for number in range(settings.steps):
+        token_BL, label_BL = sample(text, batch=row.batch, seq=row.seq, step=number)
+        losses.append(step(token_BL.to(device), label_BL.to(device)))
+        optimizer.step()
+        optimizer.zero_grad()
+        after_step()
+    return tuple(losses)
+
+
+def whole_model(config: ValidateConfig, dtype: str) -> DebugModel:
+    """The model of one process. Every rank makes the same one, from the seed, in float64, rounded to ``dtype``."""
+    model_config = config.model
+
+    def make_moe(router: TopKRouter, shared: nn.Module | None) -> ReferenceMoE:
+        experts = GroupedExperts(model_config.experts, model_config.dim, model_config.expert_hidden)
+        return ReferenceMoE(router=router, experts=experts, shared=shared)
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.train.seed)
+        return DebugModel(model_config, make_moe).to(getattr(torch, dtype))
+
+
+def gradient_of(parameter: torch.nn.Parameter) -> Tensor:
+    """The gradient; zeros for a parameter that nothing reached."""
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+
+
+def rows_sent(model: DebugModel, scores_blE: Tensor, layout: OnMesh) -> tuple[tuple[int, ...], ...]:
+    """Rows from each rank to each rank, of the first MoE layer. Collective."""
+    moe = next(module for module in model.modules() if isinstance(module, MoE))
+    plan = plan_dispatch(
+        moe.router.choose(scores_blE),
+        dim=moe.router.dim,
+        sharding=layout.ep_tokens,
+        experts=moe.partition,
+        group=moe.group,
+    )
+    counts = [0] * dist.get_world_size()
+    for rank, count in zip(dist.get_process_group_ranks(moe.group), plan.rows_sent, strict=True):
+        counts[rank] = count
+    of_every_rank: list[list[int]] = [[]] * len(counts)
+    dist.all_gather_object(of_every_rank, counts)
+    return tuple(map(tuple, of_every_rank))

@@ -1,0 +1,1 @@
+pytest_plugins = ["moe_dispatch.pytest_plugin"]
