@@ -137,7 +137,7 @@ def plan_dispatch(
         group=group,
         rows_sent=rows_sent,
         rows_received=rows_received,
-        expert_BlK=expert_BlK.detach(),
+        expert_BlK=expert_BlK.clone(),
         rows_per_expert_e=routes.rows_per_expert_e,
         **routes.index_sent(sum(rows_sent)),
         **routes.index_rows(sum(rows_received), sum(rows_per_expert)),
@@ -207,13 +207,11 @@ def _problem_of_weights(expert_BlK: Tensor, weight_BlK: Tensor | None) -> str:
 def _problem_of_values(expert_tK: Tensor, weight_BlK: Tensor | None, experts: Partition) -> str:
     """The first value at fault; reads the device, so only once it is known that there is one."""
     outside_tK = (expert_tK < -1) | (expert_tK >= experts.total)
-    if outside_tK.any():
-        token, choice = outside_tK.nonzero()[0].tolist()
+    for token, choice in outside_tK.nonzero()[:1].tolist():
         return (
             f"expert id {int(expert_tK[token, choice])} at local token {token}, choice {choice}; ids are 0 to "
             f"{experts.total - 1}, or -1 for no expert"
         )
-    token, choice = (weight_BlK if weight_BlK is not None else expert_tK).flatten(0, -2).isnan().nonzero()[0].tolist()
-    return (
-        f"the weight at local token {token}, choice {choice} is NaN; look for NaN or Inf in the input of the router"
-    )
+    nan_tK = torch.zeros_like(outside_tK) if weight_BlK is None else weight_BlK.flatten(0, 1).isnan()
+    token, choice = nan_tK.nonzero()[0].tolist()
+    return f"the weight at local token {token}, choice {choice} is NaN; look for NaN or Inf in the router's input"

@@ -60,10 +60,10 @@ def _draw_curves(figure: SubFigure, rows: Sequence[RowResult]) -> None:
         _frame(below, "Distance to one process (1e-17 stands for equal)")
         of_dtype = [row for row in rows if row.dtype == dtype]
         for losses in dict.fromkeys(row.reference_losses for row in of_dtype):
-            above.plot(range(1, len(losses) + 1), losses, color="#CCCCCC", linewidth=7, label="one process", zorder=1)
+            above.plot(range(len(losses)), losses, color="#CCCCCC", linewidth=7, label="one process", zorder=1)
         for size, row in enumerate(reversed(of_dtype)):  # the first ends on top, the smallest: all stay visible
             color, marker = styles[row.name]
-            steps = range(1, len(row.losses) + 1)
+            steps = range(len(row.losses))
             face = {
                 "markerfacecolor": "none",
                 "markersize": 15 - 9 * size / len(of_dtype),
