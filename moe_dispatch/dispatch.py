@@ -146,10 +146,11 @@ def _expand(x_tD: Tensor, weight_tK: Tensor, metadata: DispatchMetadata) -> tupl
     0."""
     payload_SC = _pack(x_tD, weight_tK).index_select(0, metadata.token_of_sent_S)
     payload_RC = exchange_rows(payload_SC, metadata.rows_sent, metadata.rows_received, metadata.group)
-    x_MD = _unpack(payload_RC, x_tD, 0).index_select(0, metadata.received_of_row_M)
+    row_bytes = x_tD.shape[1] * x_tD.itemsize
+    x_MD = payload_RC[:, :row_bytes].index_select(0, metadata.received_of_row_M).view(x_tD.dtype)
     if not weight_tK.shape[1]:
         return x_MD, weight_tK.new_empty(0)
-    weight_RK = _unpack(payload_RC, weight_tK, x_tD.shape[1] * x_tD.itemsize)
+    weight_RK = _unpack(payload_RC, weight_tK, row_bytes)
     return x_MD, weight_RK[metadata.received_of_row_M, metadata.choice_of_row_M]
 
 
@@ -166,9 +167,15 @@ def _return(*row_tensors_R: Tensor, metadata: DispatchMetadata) -> Sequence[Tens
 
 def _pack(*row_tensors: Tensor) -> Tensor:
     """Tensors (N, width), of any dtypes, side by side as bytes: one collective moves them all."""
-    return torch.cat([rows.contiguous().view(torch.uint8) for rows in row_tensors], dim=1)
+    # One row or column counts as contiguous with any stride, but only stride 1 can be viewed as bytes.
+    dense = (
+        rows if rows.stride(1) == 1 else rows.clone(memory_format=torch.contiguous_format) for rows in row_tensors
+    )
+    return torch.cat([rows.view(torch.uint8) for rows in dense], dim=1)
 
 
 def _unpack(payload: Tensor, like: Tensor, start: int) -> Tensor:
     """The rows, in the width and dtype of ``like``, that start at byte ``start`` of each payload row."""
-    return payload[:, start : start + like.shape[1] * like.itemsize].contiguous().view(like.dtype)
+    rows = payload[:, start : start + like.shape[1] * like.itemsize]
+    # A copy even of one row, which counts as contiguous: bytes at any offset cannot be viewed as a wider dtype.
+    return rows.clone(memory_format=torch.contiguous_format).view(like.dtype)

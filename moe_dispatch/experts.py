@@ -66,6 +66,8 @@ def grouped_product(x_MI: Tensor, w_eIO: Tensor, rows_per_expert_e: Tensor) -> T
     """Each expert's rows times its matrix: (M, in) and (e, in, out) -> (M, out)."""
     if _grouped_mm_runs(x_MI, w_eIO):
         ends_e = rows_per_expert_e.cumsum(0).to(torch.int32)
+        if x_MI.stride() != (x_MI.shape[1], 1):  # it wants strides of 16 bytes, of a single row too
+            x_MI = x_MI.clone(memory_format=torch.contiguous_format)
         y_MO = F.grouped_mm(x_MI, w_eIO, offs=ends_e)
         if y_MO.requires_grad:
             y_MO.register_hook(Tensor.contiguous)  # its backward refuses an expanded gradient, e.g. that of sum()
@@ -74,15 +76,11 @@ def grouped_product(x_MI: Tensor, w_eIO: Tensor, rows_per_expert_e: Tensor) -> T
 
 
 def _grouped_mm_runs(x_MI: Tensor, w_eIO: Tensor) -> bool:
-    """grouped_mm needs low precision (on CPU also float32) and rows that are a multiple of 16 bytes."""
+    """grouped_mm needs some rows, low precision (on CPU also float32) and widths that are a multiple of 16 bytes."""
     dtypes = (torch.bfloat16, torch.float16, torch.float32) if x_MI.device.type == "cpu" else (torch.bfloat16,)
     widths = (w_eIO.shape[1] * w_eIO.itemsize, w_eIO.shape[2] * w_eIO.itemsize)
-    return (
-        x_MI.dtype == w_eIO.dtype
-        and x_MI.dtype in dtypes
-        and not any(width % 16 for width in widths)
-        and len(w_eIO) > 0
-    )
+    fits = x_MI.dtype == w_eIO.dtype and x_MI.dtype in dtypes and not any(width % 16 for width in widths)
+    return fits and len(x_MI) > 0 and len(w_eIO) > 0
 
 
 def _product_by_expert(x_MI: Tensor, w_eIO: Tensor, rows_per_expert_e: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from .agreement import BAD, digest, raise_on_every_rank
 from .exchange import check_group
 from .partition import Partition
-from .routing import exchange_routing
+from .routing import WORDS, exchange_routing
 from .row_index import Routes
 from .sharding import TokenSharding
 
@@ -87,6 +87,7 @@ def plan_dispatch(
     experts: Partition,
     group: dist.ProcessGroup,
     weight_BlK: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> DispatchMetadata:
     """Plan which rows go where. One collective of known size, then one copy to the host: the only one of the layer.
 
@@ -100,33 +101,37 @@ def plan_dispatch(
         weight_BlK: routing weights to check along with the ids, if the caller has them already; the plan does not
             keep them. A NaN in them can be reported on every rank only here: later, ranks without a row of that token
             would not learn of it.
+        dtype: of the rows to move, if the caller knows it already: ranks that differ in it are told so here, and
+            break the backend later.
 
     Raises:
         ValueError: the same text on every rank, naming the rank at fault: ids of the wrong dtype or shape or outside
-            the experts, a NaN weight, or ranks that disagree about dim, sharding, experts or K. Raised after the
-            routing exchange, and before any row moves; the group stays usable. A group of the wrong size is refused
-            before any collective.
+            the experts, a NaN weight, or ranks that disagree about dim, dtype, experts, sharding or K. Raised after
+            the routing exchange, and before any row moves; the group stays usable. A group of the wrong size is
+            refused before any collective. Beliefs that change how much is sent (a shard of another size, a K that
+            takes more or fewer steps of 4 bytes) cannot be told this way: the backend fails, or waits.
     """
     check_plan(dim, sharding, experts, group)
     rank = group.rank()
     problem = _problem_of_ids(expert_BlK, sharding, rank) or _problem_of_weights(expert_BlK, weight_BlK)
     if problem:
-        num_choices = expert_BlK.shape[-1] if isinstance(expert_BlK, Tensor) and expert_BlK.ndim else 1
+        num_choices = max(expert_BlK.shape[-1], 1) if isinstance(expert_BlK, Tensor) and expert_BlK.ndim else 1
         device = expert_BlK.device if isinstance(expert_BlK, Tensor) else torch.device("cpu")
         refuse_plan(
             problem, num_choices=num_choices, device=device, dim=dim, sharding=sharding, experts=experts, group=group
         )
     expert_tK = expert_BlK.flatten(0, 1)
     num_choices = expert_tK.shape[1]
-    facts = _facts(num_choices, dim, sharding, experts)
+    facts = _facts(num_choices, dim, sharding, experts, dtype)
+    expected = digest(facts) % WORDS
     bad = ((expert_tK < -1) | (expert_tK >= experts.total)).any()
     if weight_BlK is not None:
         bad = bad | weight_BlK.isnan().any()
-    word = torch.where(bad, BAD, digest(facts)).to(torch.int64)
+    word = torch.where(bad, BAD, expected).to(torch.int64)
     expert_GK, word_P = exchange_routing(expert_tK, word, sharding=sharding, experts=experts, group=group)
     routes = Routes.of(expert_GK, sharding, experts, rank)
     words, rows_sent, rows_received, rows_per_expert = routes.counts_to_host(word_P)
-    if set(words) != {digest(facts)}:
+    if set(words) != {expected}:
         problem = _problem_of_values(expert_tK, weight_BlK, experts) if words[rank] == BAD else ""
         raise_on_every_rank(problem, facts, device=expert_tK.device, group=group)
     return DispatchMetadata(
@@ -164,7 +169,7 @@ def refuse_plan(
     word = torch.full((), BAD, dtype=torch.int64, device=device)
     none_tK = word.expand(sharding.local_sizes[group.rank()], num_choices)
     exchange_routing(none_tK, word, sharding=sharding, experts=experts, group=group)
-    raise_on_every_rank(problem, _facts(num_choices, dim, sharding, experts), device=device, group=group)
+    raise_on_every_rank(problem, "", device=device, group=group)
 
 
 def check_plan(dim: int, sharding: TokenSharding, experts: Partition, group: dist.ProcessGroup) -> None:
@@ -179,8 +184,9 @@ def check_plan(dim: int, sharding: TokenSharding, experts: Partition, group: dis
         raise ValueError(f"{experts.total} experts; a group can have 1 to {MOST_EXPERTS}")
 
 
-def _facts(num_choices: int, dim: int, sharding: TokenSharding, experts: Partition) -> str:
-    return f"K = {num_choices}, dim = {dim}, experts = {experts.sizes}, {sharding}"
+def _facts(num_choices: int, dim: int, sharding: TokenSharding, experts: Partition, dtype: torch.dtype | None) -> str:
+    known_dtype = "" if dtype is None else f"{dtype}, "
+    return known_dtype + f"K = {num_choices}, dim = {dim}, experts = {experts.sizes}, {sharding}"
 
 
 def _problem_of_ids(expert_BlK: Tensor, sharding: TokenSharding, rank: int) -> str:
@@ -196,7 +202,11 @@ def _problem_of_ids(expert_BlK: Tensor, sharding: TokenSharding, rank: int) -> s
 
 
 def _problem_of_weights(expert_BlK: Tensor, weight_BlK: Tensor | None) -> str:
-    if weight_BlK is None or (weight_BlK.shape == expert_BlK.shape and weight_BlK.is_floating_point()):
+    if weight_BlK is None:
+        return ""
+    if not isinstance(weight_BlK, Tensor):
+        return f"weights are {type(weight_BlK)}; they have to be a floating-point tensor, one for each choice"
+    if weight_BlK.shape == expert_BlK.shape and weight_BlK.is_floating_point():
         return ""
     return (
         f"weights of shape {tuple(weight_BlK.shape)} and dtype {weight_BlK.dtype} for ids of shape "

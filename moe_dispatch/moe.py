@@ -1,11 +1,15 @@
 """The MoE layer as one module."""
 
+from copy import deepcopy
+from typing import Any, Self
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from .balance import sum_counts
 from .dispatch import combine, dispatch
+from .exchange import check_group
 from .experts import GroupedExperts
 from .metadata import DispatchMetadata, check_plan, plan_dispatch, refuse_plan
 from .partition import Partition
@@ -47,6 +51,7 @@ class MoE(nn.Module):
         shared: nn.Module | None = None,
     ) -> None:
         super().__init__()
+        check_group(group, len(partition), "the partition of experts")
         check_plan(router.dim, TokenSharding(batch=1, seq=Partition.balanced(0, len(partition))), partition, group)
         mine = partition.sizes[group.rank()]
         if router.num_experts != partition.total or experts.num_experts != mine:
@@ -91,7 +96,7 @@ class MoE(nn.Module):
                 group=self.group,
             )
         scores_BlE = self.router(x_BlD)
-        metadata = self._plans.recall(lambda: self._plan(scores_BlE.detach(), sharding))
+        metadata = self._plans.recall(lambda: self._plan(scores_BlE.detach(), x_BlD.dtype, sharding))
         weight_BlK = self.router.weigh(scores_BlE, metadata.expert_BlK)
         x_MD, weight_M = dispatch(x_BlD, weight_BlK, metadata)
         y_MD = self.experts(x_MD, metadata.rows_per_expert_e, weight_M)
@@ -99,6 +104,14 @@ class MoE(nn.Module):
         if self.shared is not None:
             y_BlD = y_BlD + self.shared(x_BlD)
         return y_BlD, scores_BlE
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """A copy in the same process group."""
+        memo[id(self.group)] = self.group
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__ = deepcopy(self.__dict__, memo)
+        return copied
 
     @torch.no_grad()
     def update_bias(self, rate: float, group: dist.ProcessGroup) -> None:
@@ -113,7 +126,7 @@ class MoE(nn.Module):
         self.router.update_bias(self.load_E, rate)
         self.load_E.zero_()
 
-    def _plan(self, scores_BlE: Tensor, sharding: TokenSharding) -> DispatchMetadata:
+    def _plan(self, scores_BlE: Tensor, dtype: torch.dtype, sharding: TokenSharding) -> DispatchMetadata:
         expert_BlK = self.router.choose(scores_BlE)
         metadata = plan_dispatch(
             expert_BlK,
@@ -122,9 +135,12 @@ class MoE(nn.Module):
             experts=self.partition,
             group=self.group,
             weight_BlK=self.router.weigh(scores_BlE, expert_BlK),
+            dtype=dtype,
         )
         if self.training and not in_backward():
-            self.load_E.scatter_add_(0, expert_BlK.flatten(), torch.ones_like(expert_BlK).flatten())
+            count_E1 = self.load_E.new_zeros(len(self.load_E) + 1)  # first those of "no expert", id -1
+            count_E1.scatter_add_(0, expert_BlK.flatten() + 1, torch.ones_like(expert_BlK).flatten())
+            self.load_E += count_E1[1:]
         return metadata
 
     def _problem(self, x_BlD: Tensor, sharding: TokenSharding) -> str:

@@ -43,6 +43,11 @@ class ForwardMemory(Generic[T]):
         frame, recomputing = _frame_of(pack_hook)
         made = self._made.setdefault(frame, [])
         if not recomputing:
+            if in_backward():
+                raise RuntimeError(
+                    "an MoE layer inside a checkpoint inside a checkpoint: the recomputation of the outer one would "
+                    "route its tokens again; checkpoint the block or its parts, not both"
+                )
             made.append(make())
             return made[-1]
         # Each recomputation has a hook of its own, so calls are counted anew in each.

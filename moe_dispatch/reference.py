@@ -42,6 +42,8 @@ class ReferenceMoE(nn.Module):
                 y_D = y_D + weight.to(x_D.dtype) * (hidden_F @ downs[expert])
                 self.load_E[expert] += self.training
             outputs.append(y_D)
+        if not outputs:
+            return x_BLD * 1, x_BLD.new_zeros(*x_BLD.shape[:2], self.router.num_experts)
         y_BLD = torch.stack(outputs).view_as(x_BLD)
         if self.shared is not None:
             y_BLD = y_BLD + self.shared(x_BLD)
@@ -93,12 +95,12 @@ def reference_balance_loss(scores_BLE: Tensor, top_k: int) -> Tensor:
     for scores_LE in scores_BLE.unbind(0):
         length, num_experts = scores_LE.shape
         counts = [0] * num_experts
-        probability_E = torch.zeros_like(scores_LE[0])
+        probability_E = scores_LE.new_zeros(num_experts)
         for scores_E in scores_LE.unbind(0):
             values = scores_E.tolist()
             for expert in sorted(range(num_experts), key=lambda expert: -values[expert])[:top_k]:
                 counts[expert] += 1
             probability_E = probability_E + scores_E / scores_E.sum() / length
-        scale = num_experts / (top_k * length)
+        scale = num_experts / (top_k * max(length, 1))
         losses.append(sum(scale * count * probability_E[expert] for expert, count in enumerate(counts)))
     return sum(losses, start=torch.zeros(())) / max(len(losses), 1)

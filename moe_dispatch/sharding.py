@@ -88,7 +88,9 @@ class TokenSharding:
         back."""
         (rows, length), (first_row, first_position) = self._extent(rank), self._corner(rank)
         if isinstance(local_token, int) and not 0 <= local_token < rows * length:
-            raise ValueError(f"local token {local_token} of rank {rank}, which holds tokens 0 to {rows * length - 1}")
+            raise ValueError(
+                f"local token {local_token} of rank {rank}, which holds {rows * length} tokens, from 0 on"
+            )
         if self.order == "BL":
             row, position = local_token // max(length, 1), local_token % max(length, 1)
             return (first_row + row) * self.seq.total + first_position + position

@@ -1,0 +1,209 @@
+"""The balance loss over ranks against one process, and both against the formula of the paper."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moe_dispatch import Partition, TokenSharding, sequence_balance_loss
+from moe_dispatch.reference import reference_balance_loss
+from moe_dispatch.testing import RankPool
+
+EXPERTS, TOP_K = 5, 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """How (B, L) is cut; one rank per piece."""
+
+    batch: tuple[int, ...]
+    seq: tuple[int, ...]
+    order: Literal["BL", "LB"] = "BL"
+
+    @property
+    def ranks(self) -> int:
+        return len(self.batch) * len(self.seq)
+
+    @property
+    def sharding(self) -> TokenSharding:
+        return TokenSharding(batch=Partition(self.batch), seq=Partition(self.seq), order=self.order)
+
+    def scores(self) -> Tensor:
+        """Scores of the whole grid, in the case's order; they do not sum to 1, as sigmoid's do not."""
+        generator = torch.Generator().manual_seed(sum(self.seq))
+        return torch.rand(*self.sharding.global_shape, EXPERTS, generator=generator, dtype=torch.float64)
+
+
+CUTS = [
+    ((1,), (6,)),
+    ((3,), (4,)),
+    ((3,), (3, 2)),
+    ((2,), (5, 0)),
+    ((2, 1), (4,)),
+    ((2,), (3, 0, 4)),
+    ((3,), (1, 5, 1)),
+    ((2, 0, 1), (3,)),
+    ((3,), (3, 0, 1, 2)),
+    ((2, 1), (3, 2)),
+    ((3,), (0, 0, 7, 0)),
+    ((2,), (1, 1, 1, 0)),
+]
+CASES = [Case(batch=batch, seq=seq, order=order) for batch, seq in CUTS for order in ("BL", "LB")]
+
+
+def formula(scores_BLE: Tensor, top_k: int) -> tuple[float, list[list[list[float]]]]:
+    """Loss and gradient, in Python floats: mean over sequences of sum_i f_i P_i, with
+    f_i = E / (K L) * how often i is among a token's K best, and P_i = mean of s_i / sum_j s_j.
+    """
+    batch, length, num_experts = scores_BLE.shape
+    loss, gradient = 0.0, []
+    for sequence in scores_BLE.tolist():
+        best = [sorted(scores)[-top_k:] for scores in sequence]
+        f = [
+            num_experts / (top_k * length) * sum(scores[i] in best[t] for t, scores in enumerate(sequence))
+            for i in range(num_experts)
+        ]
+        share = [math.fsum(a * b for a, b in zip(f, scores, strict=True)) / sum(scores) for scores in sequence]
+        loss += math.fsum(share) / length / batch
+        gradient.append(
+            [[(f_i - share[t]) / sum(scores) / length / batch for f_i in f] for t, scores in enumerate(sequence)]
+        )
+    return loss, gradient
+
+
+def share_and_gradient(rank: int, case: Case) -> tuple[Tensor, Tensor, list[str]]:
+    """This rank's share, the gradient of its scores, and the collectives in forward and backward."""
+    assert dist.group.WORLD is not None
+    calls: list[str] = []
+    all_reduce = dist.all_reduce
+
+    def counted(count: Tensor, **kwargs: Any) -> None:
+        calls.append(f"all_reduce {tuple(count.shape)}")
+        all_reduce(count, **kwargs)
+
+    scores_BlE = case.sharding.shard(case.scores(), rank).clone().requires_grad_()
+    dist.all_reduce = counted
+    try:
+        share = sequence_balance_loss(scores_BlE, top_k=TOP_K, sharding=case.sharding, group=dist.group.WORLD)
+        calls.append("backward")
+        share.backward()
+    finally:
+        dist.all_reduce = all_reduce
+    assert scores_BlE.grad is not None
+    return share.detach(), scores_BlE.grad, calls
+
+
+def batch_first(whole: Tensor, case: Case) -> Tensor:
+    return whole if case.order == "BL" else whole.transpose(0, 1)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_shares_sum_to_the_loss_of_one_process(case: Case, rank_pool: RankPool) -> None:
+    shares, grads, calls = zip(*rank_pool.run(share_and_gradient, case.ranks, case), strict=True)
+    scores_BLE = batch_first(case.scores(), case).requires_grad_()
+    reference = reference_balance_loss(scores_BLE, TOP_K)
+    (reference_grad_BLE,) = torch.autograd.grad(reference, scores_BLE)
+    assert torch.stack(shares).sum().item() == pytest.approx(reference.item(), rel=1e-12)
+    grad_BLE = batch_first(case.sharding.unshard(grads), case)
+    torch.testing.assert_close(grad_BLE, reference_grad_BLE, rtol=1e-12, atol=1e-12)
+    loss, gradient = formula(scores_BLE, TOP_K)
+    assert torch.stack(shares).sum().item() == pytest.approx(loss, rel=1e-12)
+    torch.testing.assert_close(grad_BLE, torch.tensor(gradient, dtype=torch.float64), rtol=1e-12, atol=1e-12)
+    travels = [f"all_reduce ({sum(case.batch)}, {EXPERTS})"] if case.ranks > 1 else []
+    assert calls == ([*travels, "backward"],) * case.ranks
+
+
+@pytest.mark.parametrize("top_k", [1, 3, EXPERTS])
+def test_the_reference_equals_the_formula(top_k: int) -> None:
+    scores_BLE = CASES[2].scores().requires_grad_()
+    loss, gradient = formula(scores_BLE, top_k)
+    reference = reference_balance_loss(scores_BLE, top_k)
+    reference.backward()
+    assert reference.item() == pytest.approx(loss, rel=1e-12)
+    torch.testing.assert_close(scores_BLE.grad, torch.tensor(gradient, dtype=torch.float64), rtol=1e-12, atol=1e-12)
+
+
+def test_even_routing_costs_1_and_collapsed_routing_costs_the_experts() -> None:
+    even_BLE = torch.eye(4).repeat(1, 3, 1)
+    one_BLE = torch.tensor([1.0, 0.0, 0.0, 0.0]).expand(2, 5, 4)
+    assert reference_balance_loss(even_BLE, 1).item() == pytest.approx(1.0)
+    assert reference_balance_loss(one_BLE, 1).item() == pytest.approx(4.0)
+
+
+def losses_without_tokens(rank: int, shape: tuple[int, int]) -> tuple[float, tuple[int, ...]]:
+    assert dist.group.WORLD is not None
+    sharding = TokenSharding(batch=shape[0], seq=Partition((shape[1], 0)))
+    scores_BlE = torch.ones(*sharding.local_shape(rank), EXPERTS, requires_grad=True)
+    share = sequence_balance_loss(scores_BlE, top_k=TOP_K, sharding=sharding, group=dist.group.WORLD)
+    share.backward()
+    assert scores_BlE.grad is not None
+    return share.item(), tuple(scores_BlE.grad.shape)
+
+
+@pytest.mark.parametrize("shape", [(2, 0), (0, 3), (0, 0)])
+def test_no_tokens_cost_nothing(shape: tuple[int, int], rank_pool: RankPool) -> None:
+    results = rank_pool.run(losses_without_tokens, 2, shape)
+    assert results == [(0.0, (*shape, EXPERTS)), (0.0, (shape[0], 0, EXPERTS))]
+
+
+@pytest.mark.parametrize("shape", [(2, 0), (0, 3)])
+def test_no_tokens_cost_nothing_in_the_reference(shape: tuple[int, int]) -> None:
+    assert reference_balance_loss(torch.ones(*shape, EXPERTS), TOP_K).item() == 0.0
+
+
+# ---- refusals --------------------------------------------------------------------------------------
+
+
+def refusal(rank: int, ask: Callable[[int], Any]) -> str:
+    try:
+        ask(rank)
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def ask_with_a_selection(rank: int) -> None:
+    assert dist.group.WORLD is not None
+    sharding = TokenSharding(batch=2, seq=Partition((2, 1, 1))).select((0, 2))
+    scores_BlE = torch.ones(*sharding.local_shape(rank), EXPERTS)
+    sequence_balance_loss(scores_BlE, top_k=TOP_K, sharding=sharding, group=dist.group.WORLD)
+
+
+def ask_with_another_shape(rank: int) -> None:
+    assert dist.group.WORLD is not None
+    sharding = TokenSharding(batch=2, seq=Partition((2, 1)))
+    sequence_balance_loss(torch.ones(2, 3, EXPERTS), top_k=TOP_K, sharding=sharding, group=dist.group.WORLD)
+
+
+def ask_with_another_group(rank: int) -> None:
+    assert dist.group.WORLD is not None
+    sharding = TokenSharding(batch=2, seq=Partition((2, 1, 1)))
+    sequence_balance_loss(torch.ones(2, 2, EXPERTS), top_k=TOP_K, sharding=sharding, group=dist.group.WORLD)
+
+
+def test_a_sharding_that_leaves_tokens_out_is_refused(rank_pool: RankPool) -> None:
+    text = (
+        "sequence_balance_loss needs every token of the grid, but the ranks of this sharding hold 6 of 8; describe "
+        "the tokens that this group holds, not a selection of a larger mesh"
+    )
+    assert rank_pool.run(refusal, 2, ask_with_a_selection) == [text] * 2
+
+
+def test_scores_that_are_not_the_shard_are_refused(rank_pool: RankPool) -> None:
+    texts = rank_pool.run(refusal, 2, ask_with_another_shape)
+    assert texts == [
+        f"rank {rank} has a tensor of shape (2, 3, 5), but its shard in order 'BL' is {shape}; pass this rank's "
+        f"tokens, as sharding.shard(x, {rank}) cuts them"
+        for rank, shape in enumerate([(2, 2), (2, 1)])
+    ]
+
+
+def test_a_group_of_another_size_is_refused(rank_pool: RankPool) -> None:
+    texts = rank_pool.run(refusal, 2, ask_with_another_group)
+    assert texts[0] == texts[1]
+    assert texts[0].startswith("the token sharding describes 3 ranks, but the group has 2; they have to be equal")
