@@ -32,7 +32,7 @@ def test_every_config_of_the_project_loads(path: Path) -> None:
 
 def test_default_config_holds_the_matrix_of_the_main_job() -> None:
     config = load_config(CONFIGS / "deepseek_v3_debug.toml")
-    assert [(row.dp, row.tp, row.ep, row.batch, row.seq) for row in config.rows] == [
+    assert [(row.dp, row.tp, row.ep, row.batch, row.seq) for row in config.rows if row.sp == 1] == [
         (4, 1, 1, 3, 129),
         (2, 2, 1, 3, 129),
         (2, 2, 2, 3, 129),
@@ -41,6 +41,14 @@ def test_default_config_holds_the_matrix_of_the_main_job() -> None:
         (2, 2, 4, 1, 129),
         (1, 4, 4, 3, 3),
     ]
+    meshes = [(1, 4, 1, 1), (1, 4, 1, 4), (2, 2, 1, 2), (2, 2, 1, 4), (1, 2, 2, 4)]
+    for dp, sp, tp, ep in meshes:
+        rows = [row for row in config.rows if (row.dp, row.sp, row.tp, row.ep) == (dp, sp, tp, ep)]
+        assert any(row.batch > 1 and row.seq % (sp * tp) for row in rows)
+        assert any(row.seq < sp * tp for row in rows)
+        assert any(tokens < places for row in rows for tokens, places in row.documents)
+        assert any(row.heads < sp * tp for row in rows)
+    assert any(row.seq // row.sp < row.window < row.seq for row in config.rows)
 
 
 def test_config_is_frozen_and_survives_pickling(tmp_path: Path) -> None:
@@ -161,9 +169,21 @@ BROKEN_RULES = [
     ),
     (
         "tp = 2\nep = 2",
-        "tp = 2\nep = 2\nsp = 2",
-        'rows[2].sp (row "TP2 + EP2") is 2; the attention of the validation model does not cut the sequence, '
-        "so it has to be 1: set sp = 1 and give its ranks to dp or tp",
+        "tp = 1\nep = 2\nsp = 2\ndp = 2",
+        'rows[2].dp (row "TP2 + EP2") is 2, and dp * sp * tp = 2 * 2 * 1 = 4; it has to be ranks = 2, '
+        "e.g. dp = 1, sp = 2, tp = 1",
+    ),
+    (
+        "tp = 2\nep = 2",
+        "tp = 2\nep = 2\ndocuments = [[3, 4], [5, 5]]",
+        'rows[2].documents (row "TP2 + EP2") take 9 places of batch = 3 rows of seq = 17; they are '
+        "packed into one row: set batch = 1 and seq = 9",
+    ),
+    (
+        "tp = 2\nep = 2",
+        "tp = 2\nep = 2\nbatch = 1\nseq = 9\ndocuments = [[3, 4], [6, 5]]",
+        'rows[2].documents (row "TP2 + EP2") is [[3, 4], [6, 5]]; each is [tokens, places], with '
+        "0 <= tokens <= places",
     ),
     (
         "tp = 2\nep = 2",

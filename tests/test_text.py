@@ -22,38 +22,37 @@ def test_default_text_is_in_the_order_of_the_names(monkeypatch: pytest.MonkeyPat
     assert default_text() == b"first\nsecond"
 
 
-def test_labels_are_the_next_bytes_of_consecutive_bytes() -> None:
-    token_BL, label_BL = sample(COUNTING, batch=5, seq=7, step=3)
-    assert token_BL.shape == label_BL.shape == (5, 7)
-    assert token_BL.dtype == label_BL.dtype == torch.int64
-    assert torch.equal(label_BL, token_BL + 1)  # also: no window runs over the end
-    assert torch.equal(token_BL[:, 1:], label_BL[:, :-1])
+def test_rows_are_consecutive_bytes() -> None:
+    token_BL = sample(COUNTING, batch=5, seq=7, step=3)
+    assert token_BL.shape == (5, 7)
+    assert token_BL.dtype == torch.int64
+    assert torch.equal(token_BL[:, 1:], token_BL[:, :-1] + 1)  # also: no window runs over the end
 
 
 def test_a_row_depends_on_step_and_row_only() -> None:
-    first_BL, _ = sample(COUNTING, batch=2, seq=7, step=1)
-    more_BL, _ = sample(COUNTING, batch=5, seq=7, step=1)
+    first_BL = sample(COUNTING, batch=2, seq=7, step=1)
+    more_BL = sample(COUNTING, batch=5, seq=7, step=1)
     assert torch.equal(first_BL, more_BL[:2])
-    assert not torch.equal(first_BL, sample(COUNTING, batch=2, seq=7, step=2)[0])
+    assert not torch.equal(first_BL, sample(COUNTING, batch=2, seq=7, step=2))
 
 
 def test_rows_are_spread_over_the_whole_text() -> None:
-    start_SB = torch.stack([sample(COUNTING, batch=8, seq=1, step=step)[0][:, 0] for step in range(8)])
+    start_SB = torch.stack([sample(COUNTING, batch=8, seq=1, step=step)[:, 0] for step in range(8)])
     assert len(start_SB.unique()) == 64
     assert torch.histc(start_SB.float(), bins=8, min=0, max=256).min() >= 6  # 8 of 64 each, were it perfect
 
 
 def test_the_shortest_text_has_one_place_and_a_shorter_one_is_refused() -> None:
-    token_BL, _ = sample(COUNTING[:8], batch=3, seq=7, step=2)
+    token_BL = sample(COUNTING[:7], batch=3, seq=7, step=2)
     assert token_BL.tolist() == [list(range(7))] * 3
     message = (
-        r"the text has 7 bytes; a row of seq = 7 tokens and the label of its last one take 8: "
+        r"the text has 6 bytes; a row of seq = 7 tokens does not fit in: "
         r"use a longer text, or seq = 6 at most"
     )
     with pytest.raises(ValueError, match=message):
-        sample(COUNTING[:7], batch=1, seq=7, step=0)
+        sample(COUNTING[:6], batch=1, seq=7, step=0)
     with pytest.raises(ValueError, match=message):
-        check_length(COUNTING[:7], seq=7)
+        check_length(COUNTING[:6], seq=7)
 
 
 def test_a_file_is_read_as_bytes(tmp_path: Path) -> None:

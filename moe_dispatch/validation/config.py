@@ -75,7 +75,11 @@ class ToleranceConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
 class RowConfig:
-    """One row of the matrix: dp x sp x tp ranks, groups of ``ep`` of them share the experts; B, L global."""
+    """One row of the matrix: dp x sp x tp ranks, groups of ``ep`` of them share the experts; B, L global.
+
+    ``documents``, each [real tokens, places], are packed end to end into one row; without them each row is one. A
+    query sees ``window`` keys back, all of them for -1.
+    """
 
     name: str = Field(min_length=1, examples=['"FSDP2 + TP2"'])
     dp: int = Field(default=1, ge=1, examples=[2])
@@ -84,6 +88,16 @@ class RowConfig:
     ep: int = Field(default=1, ge=1, examples=[2])
     batch: int = Field(ge=1, examples=[3])
     seq: int = Field(ge=1, examples=[129])
+    heads: int = Field(ge=1, examples=[4])
+    documents: tuple[tuple[int, int], ...] = Field(
+        default=(), description="a list of [tokens, places]", examples=["[[40, 48], [50, 50]]"]
+    )
+    window: int = Field(default=-1, ge=-1, examples=[-1])
+
+    @property
+    def data(self) -> tuple[int, int, int, tuple[tuple[int, int], ...], int]:
+        """What one process needs to know of the row: rows with the same have the same reference."""
+        return self.batch, self.seq, self.heads, self.documents, self.window
 
     @property
     def mesh(self) -> str:
@@ -110,6 +124,10 @@ TABLES: Mapping[str, type] = {
     "tolerance": ToleranceConfig,
     "rows": RowConfig,
 }
+
+
+# A row without one of these keys takes the value of this table.
+DEFAULT_OF_ROW: Mapping[str, str] = {"batch": "train", "seq": "train", "heads": "model"}
 
 
 def load_config(path: Path) -> ValidateConfig:
@@ -143,12 +161,13 @@ def _read_toml(path: Path) -> dict[str, Any]:
 
 
 def _fill_rows(table: dict[str, Any]) -> None:
-    train, rows = table.get("train"), table.get("rows")
+    rows = table.get("rows")
     for row in rows if isinstance(rows, list) else []:
-        for key in ("batch", "seq"):
+        for key, source in DEFAULT_OF_ROW.items():
             if isinstance(row, dict):
-                # 1 where [train] lacks it too: the missing key of [train] is then the one problem to tell
-                row.setdefault(key, train.get(key, 1) if isinstance(train, dict) else 1)
+                # 1 where that table lacks it too: the missing key is then the one problem to tell
+                values = table.get(source)
+                row.setdefault(key, values.get(key, 1) if isinstance(values, dict) else 1)
 
 
 def _error(path: Path, problems: Sequence[str]) -> ConfigError:
@@ -160,8 +179,9 @@ def _problem(detail: Mapping[str, Any], table: Mapping[str, Any]) -> str:
     """One error of pydantic in our words: key, fact, rule, a value that works."""
     place, last = detail["loc"], str(detail["loc"][-1])
     fields = _fields(place)
-    if place[0] == "rows" and last in ("batch", "seq") and detail["input"] == table["train"].get(last):
-        place = ("train", last)
+    source = DEFAULT_OF_ROW.get(last, "")
+    if place[0] == "rows" and source and detail["input"] == table[source].get(last):
+        place = (source, last)
     key = _key(place, table)
     if detail["type"] == "unexpected_keyword_argument":
         near = difflib.get_close_matches(last, fields, n=1)

@@ -70,12 +70,7 @@ def _of_dtypes(config: ValidateConfig) -> Iterator[str]:
 def _of_row(row: RowConfig, config: ValidateConfig) -> Iterator[str]:
     """Sentences that start with a key of the row."""
     ranks, experts = row.dp * row.sp * row.tp, config.model.experts
-    if row.sp > 1:
-        yield (
-            f"sp is {row.sp}; the attention of the validation model does not cut the sequence, so it has to "
-            "be 1: set sp = 1 and give its ranks to dp or tp"
-        )
-    elif ranks != config.ranks:
+    if ranks != config.ranks:
         yield (
             f"dp is {row.dp}, and dp * sp * tp = {row.dp} * {row.sp} * {row.tp} = {ranks}; it has to be "
             f"ranks = {config.ranks}, e.g. {_mesh_that_works(row, config.ranks)}"
@@ -88,16 +83,27 @@ def _of_row(row: RowConfig, config: ValidateConfig) -> Iterator[str]:
             f"ep is {row.ep} for {experts} experts; every rank of a group holds at least one: "
             "lower ep, or raise model.experts"
         )
-    for key in ("heads", "dense_hidden", "vocab"):
-        value = getattr(config.model, key)
+    own_heads = "heads" if row.heads != config.model.heads else "model.heads"
+    cut = {own_heads: row.heads, "model.dense_hidden": config.model.dense_hidden, "model.vocab": config.model.vocab}
+    for key, value in cut.items():
         if value % row.tp:
             yield (
-                f"tp is {row.tp}; it cuts model.{key} = {value} into equal parts, so it has to divide it: "
-                f"set model.{key} = {value + row.tp - value % row.tp}, or another tp"
+                f"tp is {row.tp}; it cuts {key} = {value} into equal parts, so it has to divide it: "
+                f"set {key} = {value + row.tp - value % row.tp}, or another tp"
             )
+    places = sum(room for _, room in row.documents)
+    if row.documents and (row.batch != 1 or row.seq != places):
+        yield (
+            f"documents take {places} places of batch = {row.batch} rows of seq = {row.seq}; they are packed into "
+            f"one row: set batch = 1 and seq = {places}"
+        )
+    if any(not 0 <= tokens <= room for tokens, room in row.documents):
+        yield f"documents is {list(map(list, row.documents))}; each is [tokens, places], with 0 <= tokens <= places"
 
 
 def _mesh_that_works(row: RowConfig, ranks: int) -> str:
+    if row.sp > 1 and ranks % (row.sp * row.tp) == 0:
+        return f"dp = {ranks // (row.sp * row.tp)}, sp = {row.sp}, tp = {row.tp}"
     if ranks % row.tp == 0:
         return f"dp = {ranks // row.tp}, tp = {row.tp}"
     if ranks % row.dp == 0:

@@ -1,10 +1,11 @@
 """Which tokens this rank works on in each part of the model, and how they get there.
 
 The residual stream, the norms, the projections to the latents, the router and the experts work on *my tokens*: a
-rectangle of rows (over "dp") and positions (over "tp"). A tensor-parallel region, with its heads or hidden units
-split over "tp", works on the *region*: the whole sequences of my data rank, the same tokens on every rank of "tp".
-Letters: b rows of this data rank, l positions of this rank, L the whole sequence, u = b * L tokens of the region in
-one dimension (DTensor's linear refuses an empty b beside L).
+rectangle of rows (over "dp") and positions (over "sp", then "tp"). A tensor-parallel region, with its heads or
+hidden units split over "tp", works on the *region*: the positions of my sequence rank, the same tokens on every
+rank of "tp". Attention needs whole sequences: it trades the region's tokens for heads over "sp". Letters: b rows of
+this data rank, l positions of this rank, m positions of its region, u = b * m tokens of the region in one dimension
+(DTensor's linear refuses an empty b beside m).
 """
 
 from dataclasses import dataclass
@@ -12,13 +13,17 @@ from typing import Protocol, cast
 
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate
+
+from sp_attention import Batch, ShardedBatch, shard_batch, shift_labels, ulysses_attention
+from sp_attention.reference import reference_attention
 
 from ..mesh import ParallelMesh
 from ..partition import Partition
 from ..placement import gather_tokens, place_tokens
 from ..sharding import TokenSharding
+from .packing import Packing
 
 
 class Layout(Protocol):
@@ -26,7 +31,7 @@ class Layout(Protocol):
 
     @property
     def region_shape(self) -> tuple[int, int]:
-        """(b, L)."""
+        """(b, m)."""
         ...
 
     def positions(self) -> Tensor:
@@ -53,6 +58,14 @@ class Layout(Protocol):
         """My tokens -> the region, for a module whose input gradient every rank has whole."""
         ...
 
+    def mine(self, x_uV: Tensor) -> Tensor:
+        """The region -> my tokens, (b, l, V): each rank of "tp" goes on with its own."""
+        ...
+
+    def attend(self, q_bmnH: Tensor, k_bmnH: Tensor, v_bmnH: Tensor) -> Tensor:
+        """Causal attention of the region's tokens to whole sequences, within documents: (b, m, n, Hv)."""
+        ...
+
     def run_moe(self, moe: nn.Module, x_blD: Tensor) -> tuple[Tensor, Tensor]:
         """The MoE layer on my tokens: output and scores."""
         ...
@@ -60,19 +73,25 @@ class Layout(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OneProcess:
-    """Every token here; every step the identity."""
+    """Every token here; every step the identity.
+
+    Attributes:
+        whole: the tokens.
+        packing: where the documents lie.
+    """
 
     whole: TokenSharding
+    packing: Packing
 
     @property
     def region_shape(self) -> tuple[int, int]:
         return self.whole.local_shape(0)
 
     def positions(self) -> Tensor:
-        return self.whole.positions(0)
+        return self.packing.position_of_place_L[self.whole.positions(0)]
 
     def region_positions(self) -> Tensor:
-        return self.whole.positions(0)
+        return self.positions()
 
     def enter(self, x_blD: Tensor) -> Tensor:
         return x_blD.flatten(0, 1)
@@ -86,67 +105,86 @@ class OneProcess:
     def spread(self, x_blD: Tensor) -> Tensor:
         return x_blD.flatten(0, 1)
 
+    def mine(self, x_uV: Tensor) -> Tensor:
+        return x_uV.unflatten(0, self.region_shape)
+
+    def attend(self, q_bmnH: Tensor, k_bmnH: Tensor, v_bmnH: Tensor) -> Tensor:
+        return reference_attention(q_bmnH, k_bmnH, v_bmnH, is_causal=True, **self.packing.options)
+
     def run_moe(self, moe: nn.Module, x_blD: Tensor) -> tuple[Tensor, Tensor]:
         return moe(x_blD)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OnMesh:
-    """A (dp, tp) mesh.
+    """A (dp, sp, tp) mesh.
 
     Attributes:
         tokens: the tokens of all ranks.
         rank: this rank among all.
-        region: the tokens of my data rank, over "tp".
+        row_tokens: the tokens of my data rank, over "sp" x "tp".
+        row: those ranks.
+        regions: the tokens of my data rank, over "sp".
+        region: those of my sequence rank, over "tp".
         ep_tokens: the tokens of my expert-parallel group.
-        dp, tp: the "dp" and "tp" meshes.
-        device: where the tensors are.
+        packing: where the documents lie.
+        dense: the mesh.
     """
 
     tokens: TokenSharding
     rank: int
+    row_tokens: TokenSharding
+    row: DeviceMesh
+    regions: TokenSharding
     region: TokenSharding
     ep_tokens: TokenSharding
-    dp: DeviceMesh
-    tp: DeviceMesh
-    device: str
+    packing: Packing
+    dense: DeviceMesh
 
     @classmethod
-    def of(cls, mesh: ParallelMesh, *, batch: int, seq: int) -> "OnMesh":
-        """Rows balanced over "dp" and positions over "tp": uneven, and empty where there are too few."""
-        dp, tp = mesh.dense["dp"], mesh.dense["tp"]
-        rows, positions = Partition.balanced(batch, dp.size()), Partition.balanced(seq, tp.size())
-        tokens = TokenSharding(batch=rows, seq=positions)
+    def of(cls, mesh: ParallelMesh, *, batch: int, seq: int, packing: Packing) -> "OnMesh":
+        """Rows balanced over "dp" and positions over "sp" x "tp": uneven, and empty where there are too few."""
+        device = mesh.dense.device_type
+        dp, sp, tp = (mesh.dense[name] for name in ("dp", "sp", "tp"))
+        rows = Partition.balanced(batch, dp.size())
+        places = Partition.balanced(seq, sp.size() * tp.size())
+        pieces = [places.sizes[i : i + tp.size()] for i in range(0, len(places), tp.size())]
+        tokens = TokenSharding(batch=rows, seq=places)
+        mine = rows.sizes[dp.get_local_rank()]
         return cls(
             tokens=tokens,
             rank=dist.get_rank(),
-            region=TokenSharding(batch=rows.sizes[dp.get_local_rank()], seq=positions),
+            row_tokens=TokenSharding(batch=mine, seq=places),
+            row=init_device_mesh(device, (dp.size(), len(places)), mesh_dim_names=("dp", "row"))["row"],
+            regions=TokenSharding(batch=mine, seq=Partition(map(sum, pieces))),
+            region=TokenSharding(batch=mine, seq=Partition(pieces[sp.get_local_rank()])),
             ep_tokens=tokens.select(mesh.ep_ranks),
-            dp=dp,
-            tp=tp,
-            device=mesh.dense.device_type,
+            packing=packing.to(device),
+            dense=mesh.dense,
         )
+
+    @property
+    def tp(self) -> DeviceMesh:
+        return self.dense["tp"]
 
     @property
     def region_shape(self) -> tuple[int, int]:
         return self.region.global_shape
 
     def positions(self) -> Tensor:
-        return self.tokens.positions(self.rank, self.device)
+        return self.packing.position_of_place_L[self.tokens.positions(self.rank, self.dense.device_type)]
 
     def region_positions(self) -> Tensor:
-        whole = TokenSharding(batch=self.region.batch, seq=self.region.seq.total)
-        return whole.positions(0, self.device)
+        sp_rank = self.dense["sp"].get_local_rank()
+        return self.packing.position_of_place_L[self.regions.positions(sp_rank, self.dense.device_type)]
 
-    def region_rows(self, x_BL: Tensor) -> Tensor:
-        """The rows of the whole batch that my region has."""
-        whole = TokenSharding(batch=self.tokens.batch, seq=self.tokens.seq.total)
-        return whole.shard(x_BL, self.dp.get_local_rank())
-
-    def all_rows(self, x_bLV: Tensor) -> Tensor:
-        """Regions -> the whole batch, on every rank."""
-        whole = TokenSharding(batch=self.tokens.batch, seq=self.tokens.seq.total)
-        return gather_tokens(x_bLV, sharding=whole, group=self.dp.get_group())
+    def my_batch(self, token_BL: Tensor) -> ShardedBatch:
+        """My part of the whole batch: its rows over "dp", then tokens and targets over "sp" x "tp"."""
+        rows = TokenSharding(batch=self.tokens.batch, seq=self.tokens.seq.total)
+        token_bL = rows.shard(token_BL, self.dense["dp"].get_local_rank())
+        target_bL = shift_labels(token_bL, **self.packing.documents)
+        batch = Batch(token_BL=token_bL, target_BL=target_bL, **self.packing.documents)
+        return shard_batch(batch, sharding=self.row_tokens, group=self.row.get_group())
 
     def enter(self, x_blD: Tensor) -> Tensor:
         x_uD = gather_tokens(x_blD, sharding=self.region, group=self.tp.get_group()).flatten(0, 1)
@@ -157,13 +195,29 @@ class OnMesh:
         return cast(DTensor, x_uD).to_local(grad_placements=[Partial()])
 
     def leave(self, x_uD: Tensor) -> Tensor:
-        whole_uD = self.local(cast(DTensor, x_uD).redistribute(placements=[Replicate()]))
-        return self.region.shard(whole_uD.unflatten(0, self.region_shape), self.tp.get_local_rank())
+        return self.mine(cast(DTensor, x_uD).redistribute(placements=[Replicate()]))
 
     def spread(self, x_blD: Tensor) -> Tensor:
-        placed_bLD = place_tokens(x_blD, sharding=self.region, rank=self.tp.get_local_rank())
-        placed_uD = DTensor.from_local(placed_bLD.flatten(0, 1), self.tp, [Partial()], run_check=False)
+        placed_bmD = place_tokens(x_blD, sharding=self.region, rank=self.tp.get_local_rank())
+        placed_uD = DTensor.from_local(placed_bmD.flatten(0, 1), self.tp, [Partial()], run_check=False)
         return placed_uD.redistribute(placements=[Replicate()])
+
+    def mine(self, x_uV: Tensor) -> Tensor:
+        return self.region.shard(self.local(x_uV).unflatten(0, self.region_shape), self.tp.get_local_rank())
+
+    def attend(self, q_bmnH: Tensor, k_bmnH: Tensor, v_bmnH: Tensor) -> Tensor:
+        group = self.dense.get_group("sp")
+        return ulysses_attention(
+            q_bmnH, k_bmnH, v_bmnH, sharding=self.regions, group=group, is_causal=True, **self.packing.options
+        )
 
     def run_moe(self, moe: nn.Module, x_blD: Tensor) -> tuple[Tensor, Tensor]:
         return moe(x_blD, sharding=self.ep_tokens)
+
+
+def everyone() -> dist.ProcessGroup:
+    """The default process group."""
+    group = dist.group.WORLD
+    if group is None:
+        raise RuntimeError("there is no default process group; call torch.distributed.init_process_group first")
+    return group

@@ -1,7 +1,7 @@
 """The loops of the main job: every row of the matrix in every dtype, and every mutant in its row."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -100,7 +100,7 @@ def run_mutants(
     ranks: Ranks,
     watcher: Watcher,
 ) -> MutantsRun:
-    """Run each mutant in row after row until one catches it, the row with most kinds of parallelism first.
+    """Run each mutant in the rows in which it can show until one catches it, the most kinds of parallelism first.
 
     In the most exact dtype of the config, where rounding hides least.
     """
@@ -110,7 +110,7 @@ def run_mutants(
     runs: list[MutantRun] = []
     for name, mutant in mutants.items():
         results: list[RowResult] = []
-        for row in rows:
+        for row in [row for row in rows if mutant.shows_in(row)] or rows:
             if row.name not in control_of_row:
                 control_of_row[row.name] = runner.run(row, "")
             results.append(runner.run(row, name))
@@ -126,17 +126,17 @@ def _catches(row: RowResult) -> bool:
 
 
 def _demand(row: RowConfig) -> tuple[int, int, int]:
-    kinds = sum(size > 1 for size in (row.dp, row.tp, row.ep, row.batch))
+    kinds = sum(size > 1 for size in (row.dp, row.sp, row.tp, row.ep, row.batch))
     return kinds, row.ep, row.batch * row.seq
 
 
 class _RowRunner:
-    """Runs rows in one dtype; keeps the reference of each shape."""
+    """Runs rows in one dtype; keeps the reference of each kind of data."""
 
     def __init__(self, config: ValidateConfig, dtype: str, text: bytes, ranks: Ranks, watcher: Watcher) -> None:
         self.config, self.dtype, self.text, self.ranks, self.watcher = config, dtype, text, ranks, watcher
         self.references: list[ReferenceRun] = []
-        self._reference_of_shape: dict[tuple[int, int], Reference] = {}
+        self._reference_of_data: dict[Hashable, Reference] = {}
 
     def run(self, row: RowConfig, mutant: str) -> RowResult:
         reference = self._reference(row)
@@ -153,13 +153,13 @@ class _RowRunner:
 
     def _reference(self, row: RowConfig) -> Reference:
         shape = (row.batch, row.seq)
-        if shape not in self._reference_of_shape:
+        if row.data not in self._reference_of_data:
             self.watcher.started(f"{self.dtype}  one process, {row.batch} x {row.seq}")
             start = time.perf_counter()
-            self._reference_of_shape[shape] = run_reference(self.config, row, self.dtype, self.text)
+            self._reference_of_data[row.data] = run_reference(self.config, row, self.dtype, self.text)
             seconds = time.perf_counter() - start
             self.references.append(ReferenceRun(dtype=self.dtype, shape=shape, seconds=seconds))
-        return self._reference_of_shape[shape]
+        return self._reference_of_data[row.data]
 
     def _broken_off(self, row: RowConfig, error: str, seconds: float) -> RowResult:
         return RowResult(

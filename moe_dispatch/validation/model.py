@@ -8,7 +8,6 @@ parallelised, and the MoE layer.
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -70,21 +69,21 @@ class LatentAttention(nn.Module):
         return layout.leave(self.out(self._attend(query_uC, key_value_uC, layout.local(key_rope_uH), layout)))
 
     def _attend(self, query_uC: Tensor, key_value_uC: Tensor, key_rope_uH: Tensor, layout: Layout) -> Tensor:
-        """Causal attention of this rank's heads over whole sequences."""
-        config, (b, L) = self.config, layout.region_shape
-        q_bLnH = rearrange(query_uC, "(b l) (n h) -> b l n h", l=L, h=config.nope_head_dim + config.rope_head_dim)
-        q_nope_bLnH, q_rope_bLnH = q_bLnH.split([config.nope_head_dim, config.rope_head_dim], dim=-1)
-        q_rope_bLnH = rotate(q_rope_bLnH, layout.region_positions(), config.rope_theta)
+        """Causal attention of this rank's heads for the tokens of the region."""
+        config, (b, m) = self.config, layout.region_shape
+        query_width = config.nope_head_dim + config.rope_head_dim
+        q_bmnH = rearrange(query_uC, "(b m) (n h) -> b m n h", b=b, m=m, h=query_width)
+        q_nope_bmnH, q_rope_bmnH = q_bmnH.split([config.nope_head_dim, config.rope_head_dim], dim=-1)
+        q_rope_bmnH = rotate(q_rope_bmnH, layout.region_positions(), config.rope_theta)
         key_value_width = config.nope_head_dim + config.value_head_dim
-        key_value_bLnH = rearrange(key_value_uC, "(b l) (n h) -> b l n h", l=L, h=key_value_width)
-        k_nope_bLnH, v_bLnH = key_value_bLnH.split([config.nope_head_dim, config.value_head_dim], dim=-1)
-        heads = k_nope_bLnH.shape[2]
-        k_rope_bLnH = key_rope_uH.view(b, L, 1, config.rope_head_dim).expand(-1, -1, heads, -1)
-        q_bnLH = rearrange(torch.cat([q_nope_bLnH, q_rope_bLnH], dim=-1), "b l n h -> b n l h")
-        k_bnLH = rearrange(torch.cat([k_nope_bLnH, k_rope_bLnH], dim=-1), "b l n h -> b n l h")
-        v_bnLH = rearrange(v_bLnH, "b l n h -> b n l h")
-        out_bnLH = F.scaled_dot_product_attention(q_bnLH, k_bnLH, v_bnLH, is_causal=True)
-        return rearrange(out_bnLH, "b n l h -> (b l) (n h)")
+        key_value_bmnH = rearrange(key_value_uC, "(b m) (n h) -> b m n h", b=b, m=m, h=key_value_width)
+        k_nope_bmnH, v_bmnH = key_value_bmnH.split([config.nope_head_dim, config.value_head_dim], dim=-1)
+        heads = k_nope_bmnH.shape[2]
+        k_rope_bmnH = key_rope_uH.view(b, m, 1, config.rope_head_dim).expand(-1, -1, heads, -1)
+        out_bmnH = layout.attend(
+            torch.cat([q_nope_bmnH, q_rope_bmnH], dim=-1), torch.cat([k_nope_bmnH, k_rope_bmnH], dim=-1), v_bmnH
+        )
+        return rearrange(out_bmnH, "b m n h -> (b m) (n h)")
 
 
 class DenseFeedForward(nn.Module):
@@ -153,13 +152,13 @@ class DebugModel(nn.Module):
         self.head = nn.Linear(config.dim, config.vocab, bias=False)
 
     def forward(self, token_bl: Tensor, layout: Layout) -> tuple[Tensor, list[Tensor]]:
-        """(b, l) tokens -> (u, V) logits of the region, and the scores (b, l, E) of each MoE layer."""
+        """(b, l) tokens -> (b, l, V) logits, and the scores (b, l, E) of each MoE layer."""
         x_blD = self.embedding(token_bl)
         scores = []
         for block in self.blocks:
             x_blD, block_scores = block(x_blD, layout)
             scores += block_scores
-        return self.head(layout.spread(self.norm(x_blD))), scores
+        return layout.mine(self.head(layout.spread(self.norm(x_blD)))), scores
 
 
 def make_router(config: ModelConfig) -> TopKRouter:

@@ -2,7 +2,7 @@
 
 Which mesh a parameter is sharded over follows from which ranks hold the tokens that it sees:
 
-- split over "tp" (heads, hidden units, vocabulary) and norms as SequenceParallel: FSDP over "dp" on top of "tp";
+- split over "tp" (heads, hidden units, vocabulary), and norms as SequenceParallel: FSDP over "dp" x "sp" above "tp";
 - experts: each lives on one rank of "ep", FSDP over "edp";
 - the rest works on each rank's own tokens, so every rank is a data rank for it: FSDP over all of them.
 
@@ -82,13 +82,16 @@ def split_over_tp(model: DebugModel, tp: DeviceMesh) -> None:
     parallelize_module(
         model,
         tp,
-        {"norm": SequenceParallel(use_local_output=True), "head": ColwiseParallel(output_layouts=Replicate())},
+        {
+            "norm": SequenceParallel(use_local_output=True),
+            "head": ColwiseParallel(output_layouts=Replicate(), use_local_output=False),
+        },
     )
 
 
 def shard_over_data(model: DebugModel, mesh: ParallelMesh) -> None:
     """FSDP2 over the ranks that see different tokens, which differ between kinds of parameters."""
-    dp, edp = mesh.dense["dp"], mesh.expert["edp"]
+    data, edp = mesh.dense["dp", "sp"]._flatten("data"), mesh.expert["edp"]
     everyone = init_device_mesh(mesh.dense.device_type, (dist.get_world_size(),), mesh_dim_names=("all",))
     for block in model.blocks:
         assert isinstance(block, Block)
@@ -99,10 +102,10 @@ def shard_over_data(model: DebugModel, mesh: ParallelMesh) -> None:
         else:
             split.append(block.feed_forward)
         for module in split:
-            fully_shard(module, mesh=dp)
+            fully_shard(module, mesh=data)
         fully_shard(block, mesh=everyone)
-    fully_shard(model.norm, mesh=dp)
-    fully_shard(model.head, mesh=dp)
+    fully_shard(model.norm, mesh=data)
+    fully_shard(model.head, mesh=data)
     fully_shard(model, mesh=everyone)
     for module in model.modules():
         if isinstance(module, FSDPModule):

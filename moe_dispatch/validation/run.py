@@ -1,46 +1,54 @@
 """Train the debug model for a few steps: in one process, and on a mesh; compare."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sp_attention import mean_cross_entropy
+
 from ..balance import sequence_balance_loss
 from ..experts import GroupedExperts
 from ..mesh import ParallelMesh, build_mesh
 from ..metadata import plan_dispatch
 from ..moe import MoE
+from ..placement import gather_tokens
 from ..reference import ReferenceMoE, reference_balance_loss
 from ..router import TopKRouter
 from ..sharding import TokenSharding
 from .compare import compare
 from .config import RowConfig, ValidateConfig
-from .layout import OneProcess, OnMesh
+from .layout import OneProcess, OnMesh, everyone
 from .model import DebugModel
 from .mutants import mutated
+from .packing import Packing
 from .parallel import parallel_model, quiet, whole_gradients
 from .results import Reference, RowResult
 from .text import sample
 
 
 def run_reference(config: ValidateConfig, row: RowConfig, dtype: str, text: bytes) -> Reference:
-    """The training run in one process, its MoE layers as plain Python loops."""
-    model = whole_model(config, dtype)
-    layout = OneProcess(whole=TokenSharding(batch=row.batch, seq=row.seq))
+    """The training run in one process: MoE layers, masks and targets as plain Python loops."""
+    model = whole_model(config, row, dtype)
+    packing = Packing.of(seq=row.seq, documents=row.documents, window=row.window)
+    layout = OneProcess(whole=TokenSharding(batch=row.batch, seq=row.seq), packing=packing)
     coefficient, top_k = config.model.balance_coefficient, config.model.top_k
     first: list[tuple[Tensor, dict[str, Tensor]]] = []
 
-    def step(token_BL: Tensor, label_BL: Tensor) -> float:
-        logits_TV, scores = model(token_BL, layout)
-        loss = F.cross_entropy(logits_TV, label_BL.flatten())
+    def step(token_BL: Tensor) -> float:
+        logits_BLV, scores = model(token_BL, layout)
+        target_T = torch.tensor(reference_targets(token_BL.tolist(), row.documents))
+        loss = F.cross_entropy(logits_BLV.flatten(0, 1), target_T, ignore_index=-100, reduction="sum")
+        loss = loss / max(sum(target >= 0 for target in target_T.tolist()), 1)
         loss = loss + sum(coefficient * reference_balance_loss(scores_BLE, top_k) for scores_BLE in scores)
         loss.backward()
         if not first:
             gradients = {name: gradient_of(parameter).double() for name, parameter in model.named_parameters()}
-            first.append((logits_TV.detach().double().view(row.batch, row.seq, -1), gradients))
+            first.append((logits_BLV.detach().double(), gradients))
         return loss.item()
 
     def after_step() -> None:
@@ -50,6 +58,17 @@ def run_reference(config: ValidateConfig, row: RowConfig, dtype: str, text: byte
 
     losses = train(model, step, after_step, config, row, text)
     return Reference(logits_BLV=first[0][0], losses=losses, gradients=first[0][1])
+
+
+def reference_targets(rows: list[list[int]], documents: Sequence[tuple[int, int]]) -> list[int]:
+    """The token after each one, -100 at the end of a row or document and at padding."""
+    targets = []
+    for row in rows:
+        start = 0
+        for tokens, places in documents or [(len(row), len(row))]:
+            targets += [*row[start + 1 : start + tokens], *[-100] * (places - max(tokens - 1, 0))]
+            start += places
+    return targets
 
 
 def run_row(
@@ -63,11 +82,11 @@ def run_row(
     start = time.perf_counter()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     mesh = build_mesh(dp=row.dp, sp=row.sp, tp=row.tp, ep=row.ep, device_type=device)
+    packing = Packing.of(seq=row.seq, documents=row.documents, window=row.window)
+    layout = OnMesh.of(mesh, batch=row.batch, seq=row.seq, packing=packing)
     with mutated(mutant), quiet():
-        found, rows_sent = train_on_mesh(config, row, dtype, text, mesh)
-    rank_of_token_T, _ = OnMesh.of(mesh, batch=row.batch, seq=row.seq).tokens.locate(
-        torch.arange(row.batch * row.seq)
-    )
+        found, rows_sent = train_on_mesh(config, row, dtype, text, mesh, layout)
+    rank_of_token_T, _ = layout.tokens.locate(torch.arange(row.batch * row.seq))
     return RowResult(
         name=row.name,
         dtype=dtype,
@@ -84,39 +103,34 @@ def run_row(
 
 
 def train_on_mesh(
-    config: ValidateConfig, row: RowConfig, dtype: str, text: bytes, mesh: ParallelMesh
+    config: ValidateConfig, row: RowConfig, dtype: str, text: bytes, mesh: ParallelMesh, layout: OnMesh
 ) -> tuple[Reference, tuple[tuple[int, ...], ...]]:
     """The training run on ``mesh``, gathered on every rank, and the rows that ranks sent each other at first."""
-    model = parallel_model(whole_model(config, dtype), config.model, mesh)
-    layout = OnMesh.of(mesh, batch=row.batch, seq=row.seq)
-    everyone = dist.group.WORLD
-    assert everyone is not None
+    model = parallel_model(whole_model(config, row, dtype), replace(config.model, heads=row.heads), mesh)
     coefficient, top_k = config.model.balance_coefficient, config.model.top_k
     first: list[tuple[Tensor, dict[str, Tensor], tuple[tuple[int, ...], ...]]] = []
 
-    def step(token_BL: Tensor, label_BL: Tensor) -> float:
-        logits_uV, scores = model(layout.tokens.shard(token_BL, layout.rank), layout)
-        label_bL = layout.region_rows(label_BL)
-        # The same on every rank of "tp", whose gradients the head's DTensor does not sum again; summed over "dp".
-        loss = F.cross_entropy(logits_uV, label_bL.flatten(), reduction="sum") / label_BL.numel()
-        # One share per rank, each of its own tokens.
-        balance = sum(
-            coefficient * sequence_balance_loss(scores_blE, top_k=top_k, sharding=layout.tokens, group=everyone)
-            for scores_blE in scores
-        )
-        (loss + balance).backward()
+    def step(token_BL: Tensor) -> float:
+        batch = layout.my_batch(token_BL)
+        logits_blV, scores = model(batch.token_Bl, layout)
+        # Each rank has a share of both losses, that of its own tokens.
+        loss = mean_cross_entropy(logits_blV, batch.target_Bl, group=everyone()).share
+        for scores_blE in scores:
+            balance = sequence_balance_loss(scores_blE, top_k=top_k, sharding=layout.tokens, group=everyone())
+            loss = loss + coefficient * balance
+        loss.backward()
         if not first:
-            logits_BLV = layout.all_rows(logits_uV.detach().unflatten(0, layout.region_shape))
+            logits_BLV = gather_tokens(logits_blV.detach(), sharding=layout.tokens, group=everyone())
             gradients = whole_gradients(model, mesh)
             first.append((logits_BLV.cpu().double(), gradients, rows_sent(model, scores[0].detach(), layout)))
-        total = loss.detach() / mesh.dense["tp"].size() + balance
-        dist.all_reduce(total)
-        return total.item()
+        whole = loss.detach().clone()
+        dist.all_reduce(whole)
+        return whole.item()
 
     def after_step() -> None:
         for module in model.modules():
             if isinstance(module, MoE):
-                module.update_bias(config.model.bias_rate, everyone)
+                module.update_bias(config.model.bias_rate, everyone())
 
     losses = train(model, step, after_step, config, row, text)
     return Reference(logits_BLV=first[0][0], losses=losses, gradients=first[0][1]), first[0][2]
@@ -124,13 +138,13 @@ def train_on_mesh(
 
 def train(
     model: DebugModel,
-    step: Callable[[Tensor, Tensor], float],
+    step: Callable[[Tensor], float],
     after_step: Callable[[], None],
     config: ValidateConfig,
     row: RowConfig,
     text: bytes,
 ) -> tuple[float, ...]:
-    """The loss of each step. ``step`` gets the whole batch and leaves gradients; AdamW follows."""
+    """The loss of each step. ``step`` gets the whole batch's tokens and leaves gradients; AdamW follows."""
     settings = config.train
     # foreach would put DTensors of different meshes into one operation.
     optimizer = torch.optim.AdamW(
@@ -139,17 +153,16 @@ def train(
     device = next(model.parameters()).device
     losses = []
     for number in range(settings.steps):
-        token_BL, label_BL = sample(text, batch=row.batch, seq=row.seq, step=number)
-        losses.append(step(token_BL.to(device), label_BL.to(device)))
+        losses.append(step(sample(text, batch=row.batch, seq=row.seq, step=number).to(device)))
         optimizer.step()
         optimizer.zero_grad()
         after_step()
     return tuple(losses)
 
 
-def whole_model(config: ValidateConfig, dtype: str) -> DebugModel:
+def whole_model(config: ValidateConfig, row: RowConfig, dtype: str) -> DebugModel:
     """The model of one process. Every rank makes the same one, from the seed, in float64, rounded to ``dtype``."""
-    model_config = config.model
+    model_config = replace(config.model, heads=row.heads)
 
     def make_moe(router: TopKRouter, shared: nn.Module | None) -> ReferenceMoE:
         experts = GroupedExperts(model_config.experts, model_config.dim, model_config.expert_hidden)

@@ -38,28 +38,27 @@ def read_text(path: Path) -> bytes:
 
 
 def check_length(text: bytes, *, seq: int) -> None:
-    """Raise ValueError unless one row of ``seq`` tokens and the label of its last one fit into the text."""
-    if len(text) <= seq:
+    """Raise ValueError unless one row of ``seq`` tokens fits into the text."""
+    if len(text) < seq:
         raise ValueError(
-            f"the text has {len(text)} bytes; a row of seq = {seq} tokens and the label of its last one take "
-            f"{seq + 1}: use a longer text, or seq = {max(len(text) - 1, 1)} at most"
+            f"the text has {len(text)} bytes; a row of seq = {seq} tokens does not fit in: use a longer text, or "
+            f"seq = {len(text)} at most"
         )
 
 
-def sample(text: bytes, *, batch: int, seq: int, step: int) -> tuple[Tensor, Tensor]:
+def sample(text: bytes, *, batch: int, seq: int, step: int) -> Tensor:
     """The global batch of one step: rows of bytes from places spread over the text by (step, row).
 
     Returns:
-        token_BL and label_BL, int64; a label is the next byte.
+        token_BL: (batch, seq) int64.
 
     Raises:
-        ValueError: a text shorter than ``seq + 1`` bytes.
+        ValueError: a text shorter than ``seq`` bytes.
     """
     check_length(text, seq=seq)
     rows = []
     for row in range(batch):
         spread = (row * ROW_STRIDE + step * STEP_STRIDE) % 2**32
-        start = spread * (len(text) - seq) >> 32
-        rows.append(torch.frombuffer(bytearray(text[start : start + seq + 1]), dtype=torch.uint8))
-    byte_BL1 = torch.stack(rows).to(torch.int64)
-    return byte_BL1[:, :-1], byte_BL1[:, 1:]
+        start = spread * (len(text) - seq + 1) >> 32
+        rows.append(torch.frombuffer(bytearray(text[start : start + seq]), dtype=torch.uint8))
+    return torch.stack(rows).to(torch.int64)

@@ -1,0 +1,142 @@
+"""The default ``attend``: scaled_dot_product_attention with every option that one rank has."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from .dropout import Dropout
+
+
+def scaled_dot_product(
+    q_BLnH: Tensor,
+    k_BLgH: Tensor,
+    v_BLgH: Tensor,
+    *,
+    is_causal: bool = False,
+    window: tuple[int, int] | None = None,
+    scale: float | None = None,
+    attn_mask: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    sinks_n: Tensor | None = None,
+    dropout: Dropout | None = None,
+) -> Tensor:
+    """Attention on whole sequences, batch first.
+
+    Args:
+        q_BLnH: (B, Lq, n, H).
+        k_BLgH, v_BLgH: (B, Lk, g, H) and (B, Lk, g, Hv); g divides n.
+        is_causal: aligned to the end: the last query sees every key.
+        window: (left, right) keys before and after the query's own place, -1 for any; aligned as ``is_causal``.
+        scale: of the products, default H ** -0.5.
+        attn_mask: broadcasts to (B, n, Lq, Lk); bool (True attends), or added to the products.
+        key_padding_mask: (B, Lk), True attends. Keys and values elsewhere may hold anything, NaN too.
+        sinks_n: (n,) a logit per head that takes weight and has no value.
+        dropout: of the weights.
+
+    Returns:
+        (B, Lq, n, Hv). A query with nothing to attend to gives 0.
+    """
+    if key_padding_mask is not None:
+        away_BL11 = ~key_padding_mask[:, :, None, None]
+        k_BLgH, v_BLgH = k_BLgH.masked_fill(away_BL11, 0.0), v_BLgH.masked_fill(away_BL11, 0.0)
+    q_BnLH, k_BgLH, v_BgLH = (rearrange(x, "b l n h -> b n l h") for x in (q_BLnH, k_BLgH, v_BLgH))
+    lengths = (q_BnLH.shape[2], k_BgLH.shape[2])
+    square_causal = is_causal and lengths[0] == lengths[1] and window is None
+    plain = attn_mask is None and key_padding_mask is None and sinks_n is None and dropout is None
+    if plain and (square_causal or (not is_causal and window is None)):
+        out_BnLH = F.scaled_dot_product_attention(
+            q_BnLH, k_BgLH, v_BgLH, is_causal=is_causal, scale=scale, enable_gqa=True
+        )
+        return rearrange(out_BnLH, "b n l h -> b l n h")
+    mask = Mask.of(lengths, is_causal, window, attn_mask, key_padding_mask, q_BLnH)
+    if sinks_n is None and dropout is None:
+        out_BnLH = F.scaled_dot_product_attention(
+            q_BnLH, k_BgLH, v_BgLH, attn_mask=mask.values, scale=scale, enable_gqa=True
+        )
+    else:
+        out_BnLH = _softmax_by_hand(q_BnLH, k_BgLH, v_BgLH, mask, scale, sinks_n, dropout)
+    return rearrange(out_BnLH.masked_fill(mask.closed, 0.0), "b n l h -> b l n h")
+
+
+@dataclass(frozen=True, slots=True)
+class Mask:
+    """What may attend to what.
+
+    Attributes:
+        values: broadcasts to (B, n, Lq, Lk); bool, or added to the products. A row with no key has all of them, so
+            that no softmax is over nothing.
+        closed: broadcasts to (B, n, Lq, 1), those rows.
+    """
+
+    values: Tensor
+    closed: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        lengths: tuple[int, int],
+        is_causal: bool,
+        window: tuple[int, int] | None,
+        attn_mask: Tensor | None,
+        key_padding_mask: Tensor | None,
+        like: Tensor,
+    ) -> "Mask":
+        allowed = allowed_by_place(lengths, is_causal, window, like.device)[None, None]
+        if key_padding_mask is not None:
+            allowed = allowed & key_padding_mask[:, None, None, :]
+        if attn_mask is None or attn_mask.dtype == torch.bool:
+            values = allowed if attn_mask is None else allowed & attn_mask
+            closed = ~values.any(-1, keepdim=True)
+            return cls(values | closed, closed)
+        allowed = allowed & (attn_mask > -torch.inf)
+        closed = ~allowed.any(-1, keepdim=True)
+        values = attn_mask.to(like.dtype).masked_fill(~allowed, -torch.inf).masked_fill(closed, 0.0)
+        return cls(values, closed)
+
+
+def allowed_by_place(
+    lengths: tuple[int, int], is_causal: bool, window: tuple[int, int] | None, device: torch.device
+) -> Tensor:
+    """(Lq, Lk) bool: causal and window, with the last query at the place of the last key."""
+    queries, keys = lengths
+    distance = torch.arange(keys, device=device) - torch.arange(keys - queries, keys, device=device)[:, None]
+    left, right = window if window is not None else (-1, -1)
+    right = 0 if is_causal else right
+    allowed = torch.ones_like(distance, dtype=torch.bool)
+    if left >= 0:
+        allowed &= distance >= -left
+    if right >= 0:
+        allowed &= distance <= right
+    return allowed
+
+
+def _softmax_by_hand(
+    q_BnLH: Tensor,
+    k_BgLH: Tensor,
+    v_BgLH: Tensor,
+    mask: Mask,
+    scale: float | None,
+    sinks_n: Tensor | None,
+    dropout: Dropout | None,
+) -> Tensor:
+    """What scaled_dot_product_attention has no argument for; products and softmax in float32 (float64 for
+    float64)."""
+    dtype = torch.promote_types(q_BnLH.dtype, torch.float32)
+    heads = q_BnLH.shape[1]
+    k_BnLH, v_BnLH = (x.repeat_interleave(heads // x.shape[1], dim=1).to(dtype) for x in (k_BgLH, v_BgLH))
+    products_BnLL = q_BnLH.to(dtype) @ k_BnLH.mT * (q_BnLH.shape[3] ** -0.5 if scale is None else scale)
+    if mask.values.dtype == torch.bool:
+        products_BnLL = products_BnLL.masked_fill(~mask.values, -torch.inf)
+    else:
+        products_BnLL = products_BnLL + mask.values.to(dtype)
+    if sinks_n is None:
+        weights_BnLL = products_BnLL.softmax(-1)
+    else:
+        sinks_BnL1 = sinks_n.to(dtype)[None, :, None, None].expand(*products_BnLL.shape[:3], 1)
+        weights_BnLL = torch.cat([products_BnLL, sinks_BnL1], dim=-1).softmax(-1)[..., :-1]
+    if dropout is not None:
+        weights_BnLL = dropout.apply(weights_BnLL)
+    return (weights_BnLL @ v_BnLH).to(q_BnLH.dtype)

@@ -1,0 +1,143 @@
+"""A batch, and one rank's part of it: tokens, targets, positions, masks and documents together."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from moe_dispatch import Partition, TokenSharding, gather_tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Batch:
+    """A whole batch, the same on every rank of a sequence-parallel group; always batch first.
+
+    Attributes:
+        token_BL: (B, L) ints.
+        target_BL: (B, L) ints: what each token has to predict, so labels already shifted (:func:`shift_labels`). If
+            left out, the next token. There is none at padding, whatever this holds there.
+        loss_mask_BL: (B, L) bool or 0/1, along ``target_BL``: where the loss counts.
+        position_BL: (B, L), or (3, B, L) and the like: position ids. If left out, places in the sequence, or in the
+            document. They do not say where documents are.
+        attention_mask: (B, L), (B, 1, 1, L) or (B, 1, L, L); bool or 0/1 ints (True, 1 attends), or floats that are
+            added to the products (0 attends, -inf does not).
+        cu_seqlens, cu_seqlens_padded: (documents + 1,) ints, for B = 1, best on the CPU; see
+            :func:`ulysses_attention`.
+        ignore_index: the target of a token that has none.
+    """
+
+    token_BL: Tensor
+    target_BL: Tensor | None = None
+    loss_mask_BL: Tensor | None = None
+    position_BL: Tensor | None = None
+    attention_mask: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    cu_seqlens_padded: Tensor | None = None
+    ignore_index: int = -100
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Chunk:
+    """Consecutive places of one rank's tokens, c of each row, in the order of the sharding; all views.
+
+    Attributes:
+        token_Bc, target_Bc: (B, c) or (c, B).
+        position_Bc: (B, c) or (c, B), or that after a first dimension of 3.
+        real_Bc: bool, False at padding.
+        attn_mask: (B or 1, N or 1, c or 1, L): the rows of these queries, all keys.
+        first_place: where the chunk starts in the whole sequence.
+    """
+
+    token_Bc: Tensor
+    target_Bc: Tensor
+    position_Bc: Tensor
+    real_Bc: Tensor
+    attn_mask: Tensor | None
+    first_place: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ShardedBatch:
+    """One rank's part of a :class:`Batch`, made by :func:`shard_batch`.
+
+    Attributes:
+        token_Bl, target_Bl: (B, l), or (l, B) for order "LB"; targets int64, ``ignore_index`` where nothing counts.
+        position_Bl: (B, l), (l, B), or that after a first dimension of 3.
+        real_Bl: bool, False at padding.
+        key_padding_mask: (B, L) bool, whole, or None.
+        attn_mask: (B or 1, N or 1, L or 1, L), whole, or None.
+        cu_seqlens, cu_seqlens_padded: whole, or None.
+        ignore_index: as in the batch.
+        sharding, rank: whose part it is.
+    """
+
+    token_Bl: Tensor
+    target_Bl: Tensor
+    position_Bl: Tensor
+    real_Bl: Tensor
+    key_padding_mask: Tensor | None
+    attn_mask: Tensor | None
+    cu_seqlens: Tensor | None
+    cu_seqlens_padded: Tensor | None
+    ignore_index: int
+    sharding: TokenSharding
+    rank: int
+
+    @property
+    def loss_mask_Bl(self) -> Tensor:
+        """Bool: where the loss counts."""
+        return self.target_Bl != self.ignore_index
+
+    @property
+    def attention(self) -> dict[str, Any]:
+        """The sharding, masks and documents: keyword arguments of :func:`ulysses_attention`."""
+        names = ("sharding", "key_padding_mask", "attn_mask", "cu_seqlens", "cu_seqlens_padded")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    def chunks(self, size: int) -> Iterator[Chunk]:
+        """This rank's tokens in pieces of at most ``size`` places, as equal as can be: for work on single tokens that
+        should not need the memory of all of them.
+
+        Every rank has the same number of pieces, at least one; where shards are short some are empty. So a collective
+        per piece is safe.
+
+        Raises:
+            ValueError: a size below 1.
+        """
+        if size < 1:
+            raise ValueError(f"chunks of {size} places; size has to be at least 1")
+        dim = -1 if self.sharding.order == "BL" else -2
+        pieces = max(len(range(0, max(self.sharding.seq.sizes), size)), 1)
+        cut = Partition.balanced(self.token_Bl.shape[dim], pieces)
+        # The batch is not cut, so a rank's rectangle is its piece of the sequence.
+        start_of_rank = self.sharding.seq.offsets[self.sharding.rectangles[self.rank]]
+        for start, count in zip(cut.offsets, cut.sizes, strict=True):
+            first_place, mask = start_of_rank + start, self.attn_mask
+            if mask is not None and mask.shape[2] > 1:
+                mask = mask.narrow(2, first_place, count)
+            yield Chunk(
+                token_Bc=self.token_Bl.narrow(dim, start, count),
+                target_Bc=self.target_Bl.narrow(dim, start, count),
+                position_Bc=self.position_Bl.narrow(dim, start, count),
+                real_Bc=self.real_Bl.narrow(dim, start, count),
+                attn_mask=mask,
+                first_place=first_place,
+            )
+
+
+def gather_outputs(x_BlD: Tensor, *, batch: ShardedBatch, group: dist.ProcessGroup) -> Tensor:
+    """The whole output on every rank, 0 at padding whatever was there. One collective; one more in backward.
+
+    Args:
+        x_BlD: (B, l, ...), or (l, B, ...): of this rank's tokens.
+
+    Returns:
+        (B, L, ...), batch first for either order. Backward as in ``moe_dispatch.gather_tokens``, 0 at padding.
+    """
+    batch.sharding.check_local(x_BlD, batch.rank)
+    padding_Bl = ~batch.real_Bl
+    x_BlD = x_BlD.masked_fill(padding_Bl.view(*padding_Bl.shape, *(1,) * (x_BlD.ndim - 2)), 0)
+    x_BLD = gather_tokens(x_BlD, sharding=batch.sharding, group=group)
+    return x_BLD if batch.sharding.order == "BL" else x_BLD.transpose(0, 1)

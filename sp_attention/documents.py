@@ -1,0 +1,115 @@
+"""Packed sequences: documents end to end, with padding between them or without."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .dropout import Dropout
+
+
+@dataclass(frozen=True, slots=True)
+class Documents:
+    """Where the documents of a packed sequence lie.
+
+    Attributes:
+        ends: cumulated real lengths, from 0: ``cu_seqlens``.
+        starts: where each document starts, and where the last one's padding ends: ``cu_seqlens_padded``.
+    """
+
+    ends: tuple[int, ...]
+    starts: tuple[int, ...]
+
+    @classmethod
+    def of(cls, cu_seqlens: Tensor, cu_seqlens_padded: Tensor | None) -> "Documents":
+        """Read the tensors: a host sync unless they are on the CPU."""
+        ends = tuple(cu_seqlens.tolist())
+        return cls(ends, ends if cu_seqlens_padded is None else tuple(cu_seqlens_padded.tolist()))
+
+    @property
+    def spans(self) -> tuple[tuple[int, int], ...]:
+        """(start, end) of the real tokens of each document."""
+        lengths = (end - start for start, end in pairwise(self.ends))
+        return tuple((start, start + length) for start, length in zip(self.starts, lengths, strict=False))
+
+    def problem(self, batch: int, lengths: tuple[int, int]) -> str:
+        """What is wrong with them for such a call; empty where nothing is."""
+        if batch > 1 or lengths[0] != lengths[1]:
+            return (
+                f"documents in a batch of {batch} with {lengths[0]} queries and {lengths[1]} keys; pack them into "
+                "one row (B = 1) of self-attention, or use key_padding_mask"
+            )
+        if len(self.ends) < 1 or self.ends[0] != 0 or any(a > b for a, b in pairwise(self.ends)):
+            return f"cu_seqlens is {list(self.ends)}; it has to start at 0 and never fall"
+        if len(self.starts) != len(self.ends) or any(
+            end > start for (_, end), start in zip(self.spans, self.starts[1:], strict=True)
+        ):
+            return (
+                f"cu_seqlens_padded is {list(self.starts)} for cu_seqlens {list(self.ends)}; it needs as many "
+                "entries, each document's start, far enough apart for the real tokens"
+            )
+        if (
+            self.starts[0] < 0
+            or self.starts[-1] > lengths[0]
+            or (self.starts is self.ends and self.ends[-1] != lengths[0])
+        ):
+            return (
+                f"documents end at {self.starts[-1]} of a packed sequence of {lengths[0]} tokens; cu_seqlens has to "
+                "end at the length, or pass cu_seqlens_padded to say where padding is"
+            )
+        return ""
+
+
+def attend_documents(
+    attend: Callable[..., Tensor],
+    q_BLnH: Tensor,
+    k_BLgH: Tensor,
+    v_BLgH: Tensor,
+    options: Mapping[str, Any],
+    documents: Documents,
+) -> Tensor:
+    """``attend`` within each document; 0 at padding.
+
+    Padding takes no part: it is cut away before, so that nothing it holds, NaN included, can reach a result or a
+    gradient. The memory is that of the longest document.
+    """
+    cuts = [0, *(place for span in documents.spans for place in span), q_BLnH.shape[1]]
+    sizes = [end - start for start, end in pairwise(cuts)]
+    parts = [x_BLnH.split(sizes, dim=1)[1::2] for x_BLnH in (q_BLnH, k_BLgH, v_BLgH)]
+    pieces = []
+    for (start, end), q_BsnH, k_BsgH, v_BsgH in zip(documents.spans, *parts, strict=True):
+        padding = sum(piece.shape[1] for piece in pieces)
+        pieces.append(_zeros(start - padding, q_BLnH, v_BLgH))
+        pieces.append(attend_or_zeros(attend, q_BsnH, k_BsgH, v_BsgH, _of_document(options, start, end)))
+    pieces.append(_zeros(sizes[-1], q_BLnH, v_BLgH))
+    return torch.cat(pieces, dim=1)
+
+
+def attend_or_zeros(
+    attend: Callable[..., Tensor], q_BLnH: Tensor, k_BLgH: Tensor, v_BLgH: Tensor, options: Mapping[str, Any]
+) -> Tensor:
+    """``attend``, unless there is no query, head or key: then zeros that keep this rank in the graph."""
+    if q_BLnH.numel() and k_BLgH.numel() and v_BLgH.shape[3]:
+        return attend(q_BLnH, k_BLgH, v_BLgH, **options)
+    return _zeros(q_BLnH.shape[1], q_BLnH, v_BLgH) + sum(x[:, :0].sum() for x in (q_BLnH, k_BLgH, v_BLgH))
+
+
+def _zeros(length: int, q_BLnH: Tensor, v_BLgH: Tensor) -> Tensor:
+    return q_BLnH.new_zeros(q_BLnH.shape[0], length, q_BLnH.shape[2], v_BLgH.shape[3])
+
+
+def _of_document(options: Mapping[str, Any], start: int, end: int) -> dict[str, Any]:
+    """The options as they are for queries and keys ``start`` to ``end``."""
+    cut = dict(options)
+    if "attn_mask" in cut:
+        for dim in (2, 3):
+            if cut["attn_mask"].shape[dim] > 1:
+                cut["attn_mask"] = cut["attn_mask"].narrow(dim, start, end - start)
+    if "key_padding_mask" in cut:
+        cut["key_padding_mask"] = cut["key_padding_mask"][:, start:end]
+    if isinstance(cut.get("dropout"), Dropout):
+        cut["dropout"] = replace(cut["dropout"], first_query=start, first_key=start)
+    return cut

@@ -1,0 +1,68 @@
+"""Which key/value heads go with which query heads, on which rank."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moe_dispatch import Partition
+
+
+@dataclass(frozen=True, slots=True)
+class GroupedHeads:
+    """N query heads over ranks, and the G key/value heads that they need (grouped-query attention: N / G queries
+    share one).
+
+    Query head i uses key/value head ``i // (N / G)``. A group may straddle ranks: then each of them gets that
+    key/value head.
+
+    Attributes:
+        query: query heads of each rank.
+        num_kv: G.
+    """
+
+    query: Partition
+    num_kv: int
+
+    @property
+    def kv_ranges(self) -> tuple[range, ...]:
+        """The key/value heads that each rank needs: neighbours may share one, a rank without query heads needs
+        none."""
+        per_group = self.query.total // max(self.num_kv, 1)
+        return tuple(
+            range(start // per_group, (start + size - 1) // per_group + 1) if size else range(0)
+            for start, size in zip(self.query.offsets, self.query.sizes, strict=True)
+        )
+
+    @property
+    def kv_sent(self) -> Partition:
+        """How many key/value heads go to each rank."""
+        return Partition(len(needed) for needed in self.kv_ranges)
+
+    def kv_by_rank(self, x_BlGH: Tensor) -> Tensor:
+        """The heads that each rank needs, side by side: (..., G, H) -> (..., kv_sent.total, H)."""
+        head_of_sent = [head for needed in self.kv_ranges for head in needed]
+        if head_of_sent == list(range(self.num_kv)):
+            return x_BlGH
+        return copy_heads(x_BlGH, torch.tensor(head_of_sent, device=x_BlGH.device))
+
+    def kv_for_queries(self, x_BLgH: Tensor, rank: int) -> Tensor:
+        """This rank's key/value heads as ``attend`` needs them: whole groups as they are, else one head per query
+        head."""
+        per_group = self.query.total // max(self.num_kv, 1)
+        start, size = self.query.offsets[rank], self.query.sizes[rank]
+        first = self.kv_ranges[rank].start
+        kv_of_query = [(start + i) // per_group - first for i in range(size)]
+        shared = size // max(len(self.kv_ranges[rank]), 1)
+        if kv_of_query == [i // shared for i in range(size)]:
+            return x_BLgH
+        return copy_heads(x_BLgH, torch.tensor(kv_of_query, device=x_BLgH.device))
+
+
+def copy_heads(x_BlGH: Tensor, head_of_copy: Tensor) -> Tensor:
+    """(..., G, H) -> (..., copies, H). The gradient of a head is the sum over its copies."""
+    dtype = torch.promote_types(x_BlGH.dtype, torch.float32)
+    if x_BlGH.requires_grad and dtype != x_BlGH.dtype:
+        # index_select's gradient adds in the dtype of its input: add in float32, and round once.
+        return x_BlGH.to(dtype).index_select(2, head_of_copy).to(x_BlGH.dtype)
+    return x_BlGH.index_select(2, head_of_copy)
