@@ -30,7 +30,7 @@ def raise_on_every_rank(problem: str, facts: str, *, device: torch.device, group
         problem: what is wrong on this rank; empty where nothing is.
         facts: what this rank believes about the call.
     """
-    sentence = (problem or facts).encode()[: SENTENCE_BYTES - 1]
+    sentence = (problem or facts or "nothing to say").encode()[: SENTENCE_BYTES - 1]
     line = torch.zeros(SENTENCE_BYTES, dtype=torch.uint8)
     line[0] = bool(problem)
     line[1 : len(sentence) + 1] = torch.frombuffer(bytearray(sentence), dtype=torch.uint8)

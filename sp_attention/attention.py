@@ -4,6 +4,7 @@ Source: DeepSpeed-Ulysses (arXiv:2309.14509). Two collectives forward (queries, 
 output back) and two backward.
 """
 
+import inspect
 from collections.abc import Callable
 
 import torch.distributed as dist
@@ -55,8 +56,9 @@ def ulysses_attention(
             part.
         attend: ``attend(q_BLnH, k_BLgH, v_BLgH, **options) -> out_BLnH`` on whole sequences (whole documents), batch
             first, my heads; k and v have whole groups, or one head per query head where a group straddles ranks.
-            Options are those that were given; an ``attend`` without an argument of that name is refused.
-            :func:`scaled_dot_product` if left out.
+            Options are those that were given; an ``attend`` without an argument of that name is refused. One with an
+            argument ``first_head`` is told the global number of its first query head. :func:`scaled_dot_product` if
+            left out.
         is_causal: aligned to the end where lengths differ: the last query sees every key.
         window: (left, right), -1 for any, on places in the whole sequence (in the document).
         scale: of the products; H ** -0.5 if left out.
@@ -94,13 +96,21 @@ def ulysses_attention(
     }
     options = {name: value for name, value in given.items() if value is not None}
     check_honoured(attend, options)
-    documents = None if cu_seqlens is None else Documents.of(cu_seqlens, cu_seqlens_padded)
-    problem = call.problem or problem_of(options, call)
-    if documents is not None:
-        problem = problem or documents.problem(sharding.batch.total, call.lengths)
+    problem, documents = call.problem or problem_of(options, call), None
+    if cu_seqlens is not None:
+        problem = problem or Documents.problem_of_tensors(cu_seqlens, cu_seqlens_padded)
+        if not problem:
+            documents = Documents.of(cu_seqlens, cu_seqlens_padded)
+            problem = documents.problem(sharding.batch.total, call.lengths)
+    elif cu_seqlens_padded is not None:
+        problem = (
+            problem or "cu_seqlens_padded without cu_seqlens; pass both, or cu_seqlens alone where nothing is padded"
+        )
     facts = f"{call.facts}; {described(options)}; {documents or 'one document'}"
     q_BLnH, k_BLgH, v_BLgH, seed = spread_with_status(call, facts, problem)
     options = of_my_heads(options, seed, call)
+    if "first_head" in inspect.signature(attend).parameters:
+        options["first_head"] = call.heads.query.offsets[call.rank]
     if documents is None:
         out_BLnH = attend_or_zeros(attend, q_BLnH, k_BLgH, v_BLgH, options)
     else:

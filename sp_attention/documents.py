@@ -29,6 +29,17 @@ class Documents:
         ends = tuple(cu_seqlens.tolist())
         return cls(ends, ends if cu_seqlens_padded is None else tuple(cu_seqlens_padded.tolist()))
 
+    @staticmethod
+    def problem_of_tensors(cu_seqlens: Tensor, cu_seqlens_padded: Tensor | None) -> str:
+        """What is wrong with them before they are read; empty where nothing is."""
+        for name, x in (("cu_seqlens", cu_seqlens), ("cu_seqlens_padded", cu_seqlens_padded)):
+            if x is not None and (
+                not isinstance(x, Tensor) or x.ndim != 1 or x.dtype not in (torch.int32, torch.int64)
+            ):
+                got = f"{tuple(x.shape)} of {x.dtype}" if isinstance(x, Tensor) else f"{type(x).__name__}"
+                return f"{name} is {got}; it has to be a tensor (documents + 1,) of int32 or int64"
+        return ""
+
     @property
     def spans(self) -> tuple[tuple[int, int], ...]:
         """(start, end) of the real tokens of each document."""

@@ -47,6 +47,8 @@ def spread_with_status(call: Call, facts: str, problem: str) -> tuple[Tensor, Te
 def check_words(word_P: Tensor, expected: int, facts: str, problem: str, call: Call) -> None:
     """Raise on every rank unless all sent the word that this rank expects."""
     if word_P.device.type != "cpu" or torch.compiler.is_compiling():
-        torch.ops.aten._assert_async.msg((word_P == expected).all(), "sp_attention: the ranks disagree, or one has a problem")
+        torch.ops.aten._assert_async.msg(
+            (word_P == expected).all(), "sp_attention: the ranks disagree, or one has a problem"
+        )
     elif set(word_P.tolist()) != {expected}:
         raise_on_every_rank(problem, facts, device=word_P.device, group=call.group)
