@@ -7,6 +7,7 @@ output back) and two backward.
 import inspect
 from collections.abc import Callable
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -107,7 +108,8 @@ def ulysses_attention(
             problem or "cu_seqlens_padded without cu_seqlens; pass both, or cu_seqlens alone where nothing is padded"
         )
     facts = f"{call.facts}; {described(options)}; {documents or 'one document'}"
-    q_BLnH, k_BLgH, v_BLgH, seed = spread_with_status(call, facts, problem)
+    seed = torch.randint(torch.iinfo(torch.int64).max, ()) if dropout_p else torch.zeros((), dtype=torch.int64)
+    q_BLnH, k_BLgH, v_BLgH, seed = spread_with_status(call, facts, problem, seed)
     options = of_my_heads(options, seed, call)
     if "first_head" in inspect.signature(attend).parameters:
         options["first_head"] = call.heads.query.offsets[call.rank]

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from math import prod
 from typing import Any
 
 import torch
@@ -96,16 +97,25 @@ def attend_documents(
         pieces.append(_zeros(start - padding, q_BLnH, v_BLgH))
         pieces.append(attend_or_zeros(attend, q_BsnH, k_BsgH, v_BsgH, _of_document(options, start, end)))
     pieces.append(_zeros(sizes[-1], q_BLnH, v_BLgH))
+    # An empty piece that is in the graph even where there is no document.
+    pieces.append(attend_or_zeros(attend, q_BLnH[:, :0], k_BLgH[:, :0], v_BLgH[:, :0], options))
     return torch.cat(pieces, dim=1)
 
 
 def attend_or_zeros(
     attend: Callable[..., Tensor], q_BLnH: Tensor, k_BLgH: Tensor, v_BLgH: Tensor, options: Mapping[str, Any]
 ) -> Tensor:
-    """``attend``, unless there is no query, head or key: then zeros that keep this rank in the graph."""
+    """``attend``, unless there is no query, head or key: then zeros.
+
+    They stay in the graph, of whatever is learned among the options too, and save tensors in it: so backward asks for
+    the recomputation of a checkpoint on this rank when it does on the others, and all of them repeat the exchange.
+    """
     if q_BLnH.numel() and k_BLgH.numel() and v_BLgH.shape[3]:
         return attend(q_BLnH, k_BLgH, v_BLgH, **options)
-    return _zeros(q_BLnH.shape[1], q_BLnH, v_BLgH) + sum(x[:, :0].sum() for x in (q_BLnH, k_BLgH, v_BLgH))
+    learned = [x for x in options.values() if isinstance(x, Tensor) and x.is_floating_point()]
+    zero = prod((x.flatten()[:0].sum() for x in (q_BLnH, k_BLgH, v_BLgH)), start=q_BLnH.new_ones(()))
+    zero = zero + sum(x.flatten()[:0].sum().to(zero.dtype) for x in learned)
+    return _zeros(q_BLnH.shape[1], q_BLnH, v_BLgH) + zero
 
 
 def _zeros(length: int, q_BLnH: Tensor, v_BLgH: Tensor) -> Tensor:

@@ -11,25 +11,25 @@ from .exchange import spread
 HEADER_WORDS = 2  # status and seed, int64: 16 bytes for each pair of ranks
 
 
-def spread_with_status(call: Call, facts: str, problem: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def spread_with_status(call: Call, facts: str, problem: str, seed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Trade tokens for heads, and make sure that all ranks mean the same call.
 
     Args:
         call: the tensors and how they travel.
         facts: what all ranks have to agree about.
         problem: what is wrong on this rank; empty where nothing is.
+        seed: () int64 of this rank.
 
     Returns:
-        ``q_BLnH``, ``k_BLgH``, ``v_BLgH``, batch first, and the () int64 seed that the group's first rank drew.
+        ``q_BLnH``, ``k_BLgH``, ``v_BLgH``, batch first, and the seed of the group's first rank.
 
     Raises:
         ValueError: the same text on every rank, if one has a problem or they disagree. On CUDA, and in compiled code,
             a device assertion on every rank instead: reading the words there would be a host sync in every layer.
     """
     device = call.q_BlNH.device
-    expected = digest(facts)
+    expected = 0 if torch.compiler.is_compiling() else digest(facts)  # dynamo traces no hash of a text
     word = BAD if problem else expected
-    seed = torch.randint(torch.iinfo(torch.int64).max, ())
     header = torch.stack([torch.tensor(word), seed]).to(device)
     tensors = call.stand_ins() if problem else call.tensors
     q_BlNH, k_BlGH, v_BlGH = tensors

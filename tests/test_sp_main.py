@@ -3,6 +3,7 @@
 import math
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +54,14 @@ def test_the_command_prints_a_table_and_succeeds() -> None:
         cells = re.split(r"  +", row)
         assert len(cells) == len(program.HEADER)
         assert all(re.fullmatch(r"\d\.\de[-+]\d\d", cell) for cell in cells[5:9])
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+@pytest.mark.parametrize("status", [0, 1])
+def test_the_exit_status_is_that_of_the_report(status: int) -> None:
+    with mock.patch.object(program, "report", return_value=status), pytest.raises(SystemExit) as exit_info:
+        runpy.run_module("sp_attention", run_name="__main__")
+    assert exit_info.value.code == status
 
 
 def table(pool: RankPool, capsys: pytest.CaptureFixture[str]) -> tuple[int, list[list[str]]]:

@@ -1,0 +1,456 @@
+"""Wrong calls: the same text on every rank, naming the rank that is wrong where one is, and a group that works after.
+
+Also dropout, whose pattern is the same for every number of ranks: what it is told wrong is refused, and what it is
+told right reaches ``attend``.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from moe_dispatch import Partition, TokenSharding
+from moe_dispatch.testing import RankPool
+from sp_attention import UlyssesAttention, ulysses_attention
+from sp_attention.reference import reference_attention
+
+from .test_ulysses_attention import TOLERANCE, difference, grad_of, leaf, share, world
+
+SEQ = (3, 4)  # two ranks; batch 2, 4 query and 2 key/value heads, widths 6 and 4
+Arguments = dict[str, Any]
+Change = Callable[[Arguments], Arguments]
+
+
+def right_call(rank: int, batch: int = 2) -> Arguments:
+    draw = torch.Generator().manual_seed(0)
+    shapes = {"q_BlNH": (4, 6), "k_BlGH": (2, 6), "v_BlGH": (2, 4)}
+    wholes = {name: torch.randn(batch, sum(SEQ), *shape, generator=draw) for name, shape in shapes.items()}
+    parts = {name: share(whole, SEQ, "BL", rank) for name, whole in wholes.items()}
+    return {**parts, "sharding": TokenSharding(batch=batch, seq=Partition(SEQ)), "group": world()}
+
+
+def call(arguments: Arguments) -> Tensor:
+    return ulysses_attention(**arguments)
+
+
+# ---- what is wrong -------------------------------------------------------------------------------------
+
+
+def mask(*shape: int, dtype: torch.dtype = torch.bool) -> Tensor:
+    return torch.ones(shape, dtype=dtype)
+
+
+def no_options(q_BLnH: Tensor, k_BLgH: Tensor, v_BLgH: Tensor, *, scale: float = 1.0) -> Tensor:
+    return q_BLnH[..., : v_BLgH.shape[3]] * scale
+
+
+def wrong_shape(q_BLnH: Tensor, k_BLgH: Tensor, v_BLgH: Tensor) -> Tensor:
+    return q_BLnH
+
+
+def documents(ends: list[int], starts: list[int] | None = None) -> Arguments:
+    return {"cu_seqlens": torch.tensor(ends)} | ({"cu_seqlens_padded": torch.tensor(starts)} if starts else {})
+
+
+SHAPE = (
+    "attn_mask is {} of torch.{}; it has to broadcast to (B, N, L, L_kv) = (2, 4, 7, 7), e.g. (7, 7), (2, 1, 7, 7) "
+    "or (2, 1, 1, 7), and be bool (True attends) or floating"
+)
+PADDING = (
+    "key_padding_mask is {} of torch.{}; it has to be (B, L_kv) = (2, 7), the whole sequence on every rank, and bool "
+    "(True attends)"
+)
+SHARD = (
+    "{} is {}, but this rank's shard in order 'BL' is {}; pass the tokens that the sharding gives this rank, with "
+    "all heads of the partition"
+)
+CAST = "q, k, v are {}; cast them to one floating-point dtype"
+WINDOW = "window is {}; it is (left, right), each an int of at least -1 (-1: unlimited)"
+DROPOUT = "dropout_p is {}; it has to be at least 0 and below 1"
+
+# Wrong on rank 1 only: (what changes there, what every rank is told after "rank 1: ").
+ON_ONE_RANK: dict[str, tuple[Change, str]] = {
+    "a token short": (
+        lambda a: {"q_BlNH": a["q_BlNH"][:, 1:]},
+        SHARD.format("q", (2, 3, 4, 6), (2, 4, 4, 6)),
+    ),
+    "keys short": (lambda a: {"k_BlGH": a["k_BlGH"][:, 1:]}, SHARD.format("k", (2, 3, 2, 6), (2, 4, 2, 6))),
+    "values short": (lambda a: {"v_BlGH": a["v_BlGH"][:, 1:]}, SHARD.format("v", (2, 3, 2, 4), (2, 4, 2, 4))),
+    "a row short": (lambda a: {"q_BlNH": a["q_BlNH"][:1]}, SHARD.format("q", (1, 4, 4, 6), (2, 4, 4, 6))),
+    "values of another head count": (
+        lambda a: {"v_BlGH": a["v_BlGH"][:, :, :1]},
+        SHARD.format("v", (2, 4, 1, 4), (2, 4, 2, 4)),
+    ),
+    "keys of another width": (
+        lambda a: {"k_BlGH": a["k_BlGH"][..., 1:]},
+        SHARD.format("k", (2, 4, 2, 5), (2, 4, 2, 6)),
+    ),
+    "mixed dtypes of q": (
+        lambda a: {"q_BlNH": a["q_BlNH"].double()},
+        CAST.format("torch.float64, torch.float32, torch.float32"),
+    ),
+    "mixed dtypes of k": (
+        lambda a: {"k_BlGH": a["k_BlGH"].bfloat16()},
+        CAST.format("torch.float32, torch.bfloat16, torch.float32"),
+    ),
+    "ints": (
+        lambda a: {name: a[name].int() for name in ("q_BlNH", "k_BlGH", "v_BlGH")},
+        CAST.format("torch.int32, torch.int32, torch.int32"),
+    ),
+    "keys on another device": (
+        lambda a: {"k_BlGH": a["k_BlGH"].to("meta")},
+        "q, k, v are on cpu, meta, cpu; move them to one device",
+    ),
+    "mask of another length": (lambda a: {"attn_mask": mask(7, 4)}, SHAPE.format((7, 4), "bool")),
+    "mask of other heads": (lambda a: {"attn_mask": mask(2, 2, 7, 7)}, SHAPE.format((2, 2, 7, 7), "bool")),
+    "mask of five dimensions": (lambda a: {"attn_mask": mask(1, 1, 1, 7, 7)}, SHAPE.format((1, 1, 1, 7, 7), "bool")),
+    "mask of ints": (lambda a: {"attn_mask": mask(7, 7, dtype=torch.int64)}, SHAPE.format((7, 7), "int64")),
+    "padding of the local length": (lambda a: {"key_padding_mask": mask(2, 4)}, PADDING.format((2, 4), "bool")),
+    "padding of floats": (
+        lambda a: {"key_padding_mask": mask(2, 7, dtype=torch.float32)},
+        PADDING.format((2, 7), "float32"),
+    ),
+    "sinks of other heads": (
+        lambda a: {"sinks_N": torch.zeros(3)},
+        "sinks_N is (3,); it has to be (4,), one logit per query head",
+    ),
+    "window of one": (lambda a: {"window": (2,)}, WINDOW.format("(2,)")),
+    "window below -1": (lambda a: {"window": (-2, 0)}, WINDOW.format("(-2, 0)")),
+    "window of floats": (lambda a: {"window": (1.5, 0)}, WINDOW.format("(1.5, 0)")),
+    "dropout of 1": (lambda a: {"dropout_p": 1.0}, DROPOUT.format("1.0")),
+    "dropout below 0": (lambda a: {"dropout_p": -0.1}, DROPOUT.format("-0.1")),
+    "dropout of nan": (lambda a: {"dropout_p": float("nan")}, DROPOUT.format("nan")),
+    "documents of two rows": (
+        lambda a: documents([0, 7]),
+        "documents in a batch of 2 with 7 queries and 7 keys; pack them into one row (B = 1) of self-attention, or "
+        "use key_padding_mask",
+    ),
+}
+
+ENDS = "cu_seqlens is {}; it has to start at 0 and never fall"
+STARTS = (
+    "cu_seqlens_padded is {} for cu_seqlens {}; it needs as many entries, each document's start, far enough apart "
+)
+STARTS += "for the real tokens"
+PAST = (
+    "documents end at {} of a packed sequence of 7 tokens; cu_seqlens has to end at the length, or pass "
+    "cu_seqlens_padded to say where padding is"
+)
+
+# Wrong documents in one row of 7 tokens, on rank 1 only.
+DOCUMENTS: dict[str, tuple[Arguments, str]] = {
+    "not from 0": (documents([1, 7]), ENDS.format([1, 7])),
+    "falling": (documents([0, 5, 3, 7]), ENDS.format([0, 5, 3, 7])),
+    "no entry": ({"cu_seqlens": torch.tensor([], dtype=torch.int64)}, ENDS.format([])),
+    "short of the length": (documents([0, 3, 6]), PAST.format(6)),
+    "past the length": (documents([0, 3, 8]), PAST.format(8)),
+    "padded: another number": (documents([0, 3, 6], [0, 3]), STARTS.format([0, 3], [0, 3, 6])),
+    "padded: too near": (documents([0, 3, 6], [0, 2, 6]), STARTS.format([0, 2, 6], [0, 3, 6])),
+    "padded: last one cut": (documents([0, 3, 6], [0, 3, 5]), STARTS.format([0, 3, 5], [0, 3, 6])),
+    "padded: past the length": (documents([0, 3, 6], [0, 4, 8]), PAST.format(8)),
+    "padded: from below 0": (documents([0, 3, 6], [-1, 3, 6]), PAST.format(6)),
+}
+
+# Options that differ between ranks: (all ranks, rank 1).
+DISAGREEMENTS: dict[str, tuple[Arguments, Arguments, tuple[str, str]]] = {
+    "is_causal": ({}, {"is_causal": True}, ("; ; one document", "; is_causal True; one document")),
+    "window": ({"window": (2, 0)}, {"window": (3, 0)}, ("window (2, 0)", "window (3, 0)")),
+    "scale": ({}, {"scale": 0.5}, ("; ; one document", "scale 0.5")),
+    "dropout_p": ({}, {"dropout_p": 0.5}, ("; ; one document", "dropout Dropout(p=0.5")),
+    "attn_mask": ({}, {"attn_mask": mask(7, 7)}, ("; ; one document", "attn_mask (7, 7)")),
+    "cu_seqlens": (documents([0, 3, 7]), documents([0, 4, 7]), ("ends=(0, 3, 7)", "ends=(0, 4, 7)")),
+    "cu_seqlens_padded": (
+        documents([0, 3, 6], [0, 3, 7]),
+        documents([0, 3, 6], [0, 4, 7]),
+        ("starts=(0, 3, 7)", "starts=(0, 4, 7)"),
+    ),
+    "documents or none": ({}, documents([0, 3, 7]), ("one document", "ends=(0, 3, 7)")),
+    "heads of the same size": (
+        {"heads": Partition((2, 2))},
+        {"heads": Partition((1, 3))},
+        ("query heads (2, 2)", "query heads (1, 3)"),
+    ),
+}
+
+SAME = "it has to be (B, l, heads, width), or (l, B, heads, width)"
+OF_THREE = (
+    "describes 3 ranks, but the group has 2; they have to be equal, one piece per rank in the group's rank order "
+)
+OF_THREE += "(for a group that is part of a mesh: sharding.select(ranks))"
+TAKES_NO = "attend 'no_options' takes no {}; give it arguments of these names, or leave the options out"
+
+# Wrong on every rank in the same way: refused before any collective.
+ON_EVERY_RANK: dict[str, tuple[Change, str]] = {
+    "three dimensions": (lambda a: {"v_BlGH": torch.zeros(2, 3, 2)}, f"v is (2, 3, 2); {SAME}"),
+    "heads in no groups": (
+        lambda a: {"q_BlNH": a["q_BlNH"][:, :, :3]},
+        "3 query heads over 2 key/value heads; each key/value head serves the same number of query heads, so their "
+        "number has to divide that of the query heads",
+    ),
+    "no key/value head": (
+        lambda a: {"k_BlGH": a["k_BlGH"][:, :, :0]},
+        "4 query heads over 0 key/value heads; each key/value head serves the same number of query heads, so their "
+        "number has to divide that of the query heads",
+    ),
+    "no group": (
+        lambda a: {"group": None},
+        "group is None; pass the process group explicitly, e.g. torch.distributed.group.WORLD once "
+        "init_process_group has run, or device_mesh.get_group()",
+    ),
+    "sharding of three": (
+        lambda a: {"sharding": TokenSharding(batch=2, seq=Partition((3, 3, 1)))},
+        f"the token sharding {OF_THREE}",
+    ),
+    "keys over three": (
+        lambda a: {"kv_sharding": TokenSharding(batch=2, seq=Partition((3, 3, 1)))},
+        f"the token sharding {OF_THREE}",
+    ),
+    "heads over three": (lambda a: {"heads": Partition((2, 1, 1))}, f"the partition of heads {OF_THREE}"),
+    "batch cut": (
+        lambda a: {"sharding": TokenSharding(batch=Partition((1, 1)), seq=7)},
+        "the batch is cut into (1, 1), but attention needs each rank to hold a part of every sequence; describe the "
+        "one row of the mesh that this group is: batch=<its rows>, an int",
+    ),
+    "keys of another batch": (
+        lambda a: {"kv_sharding": TokenSharding(batch=1, seq=Partition(SEQ))},
+        "queries are TokenSharding(batch=Partition(sizes=(2,)), seq=Partition(sizes=(3, 4)), order='BL', "
+        "rectangles=(0, 1)), keys and values TokenSharding(batch=Partition(sizes=(1,)), seq=Partition(sizes=(3, 4)), "
+        "order='BL', rectangles=(0, 1)); they may differ in the sequence only, not in the batch or the order",
+    ),
+    "causal refused": (lambda a: {"attend": no_options, "is_causal": True}, TAKES_NO.format("is_causal")),
+    "window refused": (lambda a: {"attend": no_options, "window": (2, 0)}, TAKES_NO.format("window")),
+    "masks refused": (
+        lambda a: {"attend": no_options, "attn_mask": mask(7, 7), "key_padding_mask": mask(2, 7), "scale": 2.0},
+        TAKES_NO.format("attn_mask, key_padding_mask"),
+    ),
+    "sinks refused": (lambda a: {"attend": no_options, "sinks_N": torch.zeros(4)}, TAKES_NO.format("sinks_n")),
+    "dropout refused": (lambda a: {"attend": no_options, "dropout_p": 0.5}, TAKES_NO.format("dropout")),
+    "torch's own attention": (
+        lambda a: {"attend": F.scaled_dot_product_attention},
+        "attend is torch's scaled_dot_product_attention, which takes (B, n, L, H) and would read lengths as heads; "
+        "leave attend out to use it in the right layout",
+    ),
+}
+
+
+# ---- cases: what the ranks run -------------------------------------------------------------------------
+
+
+def told(arguments: Arguments) -> str:
+    """The text of the refusal."""
+    with pytest.raises(ValueError) as error:  # noqa: PT011  (the caller compares the whole text)
+        call(arguments)
+    return str(error.value)
+
+
+@contextmanager
+def no_collective() -> Iterator[None]:
+    with mock.patch.object(dist, "all_to_all_single", side_effect=AssertionError("a collective was called")):
+        yield
+
+
+def works(rank: int) -> bool:
+    """The group, after an error: a call, and a collective of another kind."""
+    arguments = right_call(rank)
+    draw = torch.Generator().manual_seed(0)
+    wholes = [torch.randn(2, sum(SEQ), *shape, generator=draw) for shape in ((4, 6), (2, 6), (2, 4))]
+    total = torch.ones(())
+    dist.all_reduce(total)
+    wanted_BlNH = share(reference_attention(*wholes), SEQ, "BL", rank)
+    return total.item() == 2 and torch.allclose(call(arguments), wanted_BlNH, atol=1e-5)
+
+
+def wrong_on_rank_1(rank: int, name: str) -> tuple[str, bool]:
+    arguments = right_call(rank)
+    if rank == 1:
+        arguments |= ON_ONE_RANK[name][0](arguments)
+    return told(arguments), works(rank)
+
+
+def wrong_documents_on_rank_1(rank: int, name: str) -> tuple[str, bool]:
+    arguments = right_call(rank, batch=1) | (DOCUMENTS[name][0] if rank else documents([0, 3, 7]))
+    return told(arguments), works(rank)
+
+
+def disagree(rank: int, name: str) -> tuple[str, bool]:
+    ours, theirs, _ = DISAGREEMENTS[name]
+    return told(right_call(rank, batch=1) | (theirs if rank else ours)), works(rank)
+
+
+def wrong_everywhere(rank: int, name: str) -> str:
+    arguments = right_call(rank)
+    with no_collective():
+        return told(arguments | ON_EVERY_RANK[name][0](arguments))
+
+
+def wrong_on_two(rank: int) -> tuple[str, bool]:
+    arguments = right_call(rank)
+    return told(arguments | {"window": (rank - 3, 0)}), works(rank)
+
+
+def wrong_output(rank: int) -> str:
+    return told(right_call(rank) | {"attend": wrong_shape})
+
+
+def sharding_differs(rank: int) -> tuple[str, bool]:
+    """Rank 1 cuts the sequence otherwise, and has what its own cut gives it."""
+    arguments = right_call(rank)
+    if rank == 1:
+        cut = {name: arguments[name][:, :3] for name in ("q_BlNH", "k_BlGH", "v_BlGH")}
+        arguments |= cut | {"sharding": TokenSharding(batch=2, seq=Partition((4, 3)))}
+    return told(arguments), works(rank)
+
+
+# ---- dropout -------------------------------------------------------------------------------------------
+
+BATCH, LENGTH, HEADS = 2, 12, 4
+
+
+def kept_weights(rank: int, ranks_seq: tuple[int, ...], seed: int, p: float, **options: Any) -> Tensor:
+    """(1 or B, l, N, L) which weights stay, and how they grow: scores are equal, and values unit vectors."""
+    batch = 1 if "cu_seqlens" in options else BATCH
+    length = sum(ranks_seq)
+    zeros_BlNH = torch.zeros(batch, ranks_seq[rank], HEADS, 2, dtype=torch.float64)
+    units_BLGH = torch.eye(length, dtype=torch.float64)[None, :, None].expand(batch, -1, HEADS, -1)
+    torch.manual_seed(seed + 1000 * rank)  # only the first rank's seed counts
+    module = UlyssesAttention(group=world(), dropout_p=p)
+    out_BlNH = module(
+        zeros_BlNH,
+        zeros_BlNH,
+        share(units_BLGH, ranks_seq, "BL", rank),
+        sharding=TokenSharding(batch=batch, seq=Partition(ranks_seq)),
+        **options,
+    )
+    return out_BlNH * length
+
+
+def dropped_everywhere(rank: int, ranks_seq: tuple[int, ...], p: float) -> tuple[Tensor, Tensor]:
+    """The pattern with documents and without."""
+    cu_seqlens = torch.tensor([0, 5, 12])
+    plain = kept_weights(rank, ranks_seq, 3, p)
+    return plain, kept_weights(rank, ranks_seq, 3, p, cu_seqlens=cu_seqlens)
+
+
+def dropped_gradients(rank: int, ranks_seq: tuple[int, ...]) -> tuple[list[Tensor], Tensor]:
+    """out, dq, dk, dv, and the pattern that the same seed gives."""
+    pattern_BlNL = kept_weights(rank, ranks_seq, 5, 0.4)
+    parts = [leaf(share(x, ranks_seq, "BL", rank)) for x in dropout_tensors()[:3]]
+    torch.manual_seed(5 + 1000 * rank)
+    sharding = TokenSharding(batch=BATCH, seq=Partition(ranks_seq))
+    out_BlNH = ulysses_attention(*parts, sharding=sharding, group=world(), dropout_p=0.4, is_causal=True)
+    out_BlNH.backward(share(dropout_tensors()[3], ranks_seq, "BL", rank))
+    return [out_BlNH.detach(), *map(grad_of, parts)], pattern_BlNL
+
+
+def dropout_tensors() -> list[Tensor]:
+    draw = torch.Generator().manual_seed(1)
+    shapes = ((HEADS, 6), (2, 6), (2, 4), (HEADS, 4))
+    return [torch.randn(BATCH, LENGTH, *shape, generator=draw, dtype=torch.float64) for shape in shapes]
+
+
+def patterns_of_calls(rank: int) -> tuple[bool, bool, bool]:
+    """Is the next call's pattern another, the same seed's the same, and is there none in eval mode?"""
+    seq = (5, 7)
+    first, again, other = (kept_weights(rank, seq, seed, 0.5) for seed in (1, 1, 2))
+    arguments = right_call(rank)
+    torch.manual_seed(1)
+    module = UlyssesAttention(group=world(), dropout_p=0.9).eval()
+    q, k, v = (arguments.pop(name) for name in ("q_BlNH", "k_BlGH", "v_BlGH"))
+    evaluated_BlNH = module(q, k, v, sharding=arguments["sharding"])
+    plain_BlNH = ulysses_attention(q, k, v, sharding=arguments["sharding"], group=world())
+    return torch.equal(first, other), torch.equal(first, again), torch.equal(evaluated_BlNH, plain_BlNH)
+
+
+# ---- what the tests ask --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ON_ONE_RANK)
+def test_one_ranks_mistake_is_told_to_all(rank_pool: RankPool, name: str) -> None:
+    assert rank_pool.run(wrong_on_rank_1, 2, name, timeout=20) == [(f"rank 1: {ON_ONE_RANK[name][1]}", True)] * 2
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_wrong_documents(rank_pool: RankPool, name: str) -> None:
+    wanted = f"rank 1: {DOCUMENTS[name][1]}", True
+    assert rank_pool.run(wrong_documents_on_rank_1, 2, name, timeout=20) == [wanted] * 2
+
+
+def test_two_mistakes_are_both_told(rank_pool: RankPool) -> None:
+    text = "; ".join(f"rank {rank}: {WINDOW.format((rank - 3, 0))}" for rank in (0, 1))
+    assert rank_pool.run(wrong_on_two, 2) == [(text, True)] * 2
+
+
+@pytest.mark.parametrize("name", DISAGREEMENTS)
+def test_ranks_that_disagree_are_told_apart(rank_pool: RankPool, name: str) -> None:
+    (text, usable), *others = rank_pool.run(disagree, 2, name, timeout=20)
+    ours, theirs = text.split("; rank [1]: ")
+    assert others == [(text, usable)]
+    assert usable
+    assert ours.startswith("the ranks disagree about one plan (rank [0]: torch.float32, widths (6, 4), query heads (")
+    assert theirs.endswith("; every rank of the group has to pass the same values")
+    assert DISAGREEMENTS[name][2][0] in ours
+    assert DISAGREEMENTS[name][2][1] in theirs
+
+
+@pytest.mark.parametrize("name", ON_EVERY_RANK)
+def test_what_all_ranks_can_see_is_refused_before_any_collective(rank_pool: RankPool, name: str) -> None:
+    assert rank_pool.run(wrong_everywhere, 2, name, timeout=20) == [ON_EVERY_RANK[name][1]] * 2
+
+
+def test_an_attend_that_gives_another_shape(rank_pool: RankPool) -> None:
+    text = "attend gave (2, 7, 2, 6), but (B, L, my query heads, value width) is (2, 7, 2, 4)"
+    assert rank_pool.run(wrong_output, 2) == [text] * 2
+
+
+@pytest.mark.parametrize("case", [sharding_differs])
+def test_shardings_and_dtypes_that_differ_between_ranks(
+    rank_pool: RankPool, case: Callable[[int], tuple[str, bool]]
+) -> None:
+    """Ranks that expect other sizes of each other."""
+    (text, usable), *others = rank_pool.run(case, 2, timeout=20)
+    assert others == [(text, usable)]
+    assert usable
+    assert text.startswith("the ranks disagree about one plan (rank [0]: torch.float32, ")
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_dropout_is_the_same_for_any_number_of_ranks(rank_pool: RankPool, p: float) -> None:
+    whole: list[list[Tensor]] = []
+    for seq in [(12,), (5, 7), (4, 0, 8), (1, 5, 2, 4)]:
+        results = rank_pool.run(dropped_everywhere, len(seq), seq, p)
+        whole.append([torch.cat(parts, dim=1) for parts in zip(*results, strict=True)])
+    for plain, packed in whole[1:]:
+        assert torch.equal(plain, whole[0][0])
+        assert torch.equal(packed, whole[0][1])
+    plain_BLNL, packed_BLNL = whole[0]
+    share_kept = (plain_BLNL > 0).double().mean().item()
+    assert abs(share_kept - (1 - p)) < 4 * (p * (1 - p) / plain_BLNL.numel()) ** 0.5  # 4 standard deviations
+    assert (
+        difference(plain_BLNL[plain_BLNL > 0], torch.full_like(plain_BLNL[plain_BLNL > 0], 1 / (1 - p))) < TOLERANCE
+    )
+    for start, end in ((0, 5), (5, 12)):  # a document keeps what the whole sequence keeps there
+        assert torch.equal(packed_BLNL[0, start:end, :, start:end] > 0, plain_BLNL[0, start:end, :, start:end] > 0)
+    rows = [row for head_LL in plain_BLNL.transpose(1, 2).flatten(0, 1) > 0 for row in head_LL.tolist()]
+    assert len({tuple(row) for row in rows}) > 0.4 * len(rows)  # rows, heads and queries have patterns of their own
+
+
+@pytest.mark.parametrize("seq", [(12,), (5, 7), (4, 0, 8)])
+def test_gradients_through_dropout(rank_pool: RankPool, seq: tuple[int, ...]) -> None:
+    results = rank_pool.run(dropped_gradients, len(seq), seq)
+    got = [torch.cat(parts, dim=1) for parts in zip(*(tensors for tensors, _ in results), strict=True)]
+    keep_BNLL = torch.cat([pattern for _, pattern in results], dim=1).transpose(1, 2) > 0
+    leaves = [leaf(x) for x in dropout_tensors()[:3]]
+    out_BLNH = reference_attention(*leaves, is_causal=True, keep_BNLL=keep_BNLL, dropout_p=0.4)
+    out_BLNH.backward(dropout_tensors()[3])
+    wanted = [out_BLNH.detach(), *map(grad_of, leaves)]
+    assert [difference(a, b) <= TOLERANCE for a, b in zip(got, wanted, strict=True)] == [True] * 4
+
+
+def test_each_call_drops_other_weights_and_eval_none(rank_pool: RankPool) -> None:
+    assert rank_pool.run(patterns_of_calls, 2) == [(False, True, True)] * 2
