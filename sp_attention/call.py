@@ -130,7 +130,7 @@ class Call:
         return ""
 
     def stand_ins(self) -> tuple[Tensor, ...]:
-        """Zeros of the shapes, and the dtype of most of q, k and v, that the peers expect of a rank with a problem."""
+        """Zeros of the shapes, and the dtype of most of q, k, v, that the peers expect of a rank with a problem."""
         dtypes = [x.dtype for x in self.tensors]
         dtype = max(dtypes, key=dtypes.count)
         return tuple(torch.zeros(shape, dtype=dtype, device=self.q_BlNH.device) for shape in self.shapes)

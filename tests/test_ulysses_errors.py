@@ -307,6 +307,15 @@ def sharding_differs(rank: int) -> tuple[str, bool]:
     return told(arguments), works(rank)
 
 
+def order_differs(rank: int) -> tuple[str, bool]:
+    """Rank 1 has sequence-first tensors, and says so: the same number of values."""
+    arguments = right_call(rank)
+    if rank == 1:
+        arguments |= {name: arguments[name].transpose(0, 1) for name in ("q_BlNH", "k_BlGH", "v_BlGH")}
+        arguments["sharding"] = TokenSharding(batch=2, seq=Partition(SEQ), order="LB")
+    return told(arguments), works(rank)
+
+
 # ---- dropout -------------------------------------------------------------------------------------------
 
 BATCH, LENGTH, HEADS = 2, 12, 4
@@ -408,7 +417,7 @@ def test_an_attend_that_gives_another_shape(rank_pool: RankPool) -> None:
     assert rank_pool.run(wrong_output, 2) == [text] * 2
 
 
-@pytest.mark.parametrize("case", [sharding_differs])
+@pytest.mark.parametrize("case", [sharding_differs, order_differs])
 def test_shardings_and_dtypes_that_differ_between_ranks(
     rank_pool: RankPool, case: Callable[[int], tuple[str, bool]]
 ) -> None:
