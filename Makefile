@@ -24,7 +24,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 
 types: $(STAMP)
-	$(BIN)/pyright
+	$(BIN)/pyright --project pyproject.toml
 
 format: $(STAMP)
 	$(BIN)/ruff format .
