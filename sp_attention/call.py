@@ -108,7 +108,8 @@ class Call:
         widths = self.q_BlNH.shape[3], self.v_BlGH.shape[3]
         return (
             f"{self.q_BlNH.dtype}, widths {widths}, query heads {self.heads.query.sizes}, {self.heads.num_kv} "
-            f"key/value heads, {self.sharding}, keys {self.kv_sharding.seq.sizes}"
+            f"key/value heads, {self.sharding.batch.total} rows of {self.sharding.seq.sizes} tokens, order "
+            f"{self.sharding.order}, shards {self.sharding.rectangles}, keys {self.kv_sharding.seq.sizes}"
         )
 
     @property

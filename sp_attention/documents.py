@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from math import prod
 from typing import Any
 
 import torch
@@ -113,7 +112,8 @@ def attend_or_zeros(
     if q_BLnH.numel() and k_BLgH.numel() and v_BLgH.shape[3]:
         return attend(q_BLnH, k_BLgH, v_BLgH, **options)
     learned = [x for x in options.values() if isinstance(x, Tensor) and x.is_floating_point()]
-    zero = prod((x.flatten()[:0].sum() for x in (q_BLnH, k_BLgH, v_BLgH)), start=q_BLnH.new_ones(()))
+    of_q, of_k, of_v = (x.flatten()[:0].sum() for x in (q_BLnH, k_BLgH, v_BLgH))
+    zero = of_q * of_k * of_v
     zero = zero + sum(x.flatten()[:0].sum().to(zero.dtype) for x in learned)
     return _zeros(q_BLnH.shape[1], q_BLnH, v_BLgH) + zero
 

@@ -250,7 +250,7 @@ def test_any_dtype_memory_and_width(rank_pool: RankPool) -> None:
     assert rank_pool.run(traded_from_any_memory, 3) == [[]] * 3
 
 
-@pytest.mark.parametrize("seq", [(2, 1)])
+@pytest.mark.parametrize("seq", [(2, 1), (3, 0)])
 def test_the_gradient_has_a_gradient(rank_pool: RankPool, seq: Sizes) -> None:
     assert rank_pool.run(gradient_of_a_gradient, 2, seq) == [True, True]
 

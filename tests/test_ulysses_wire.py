@@ -318,7 +318,7 @@ def test_modules_of_different_heads_and_groups_interleave(
     assert rank_pool.run(interleaved, 4, backward_order) == [[]] * 4
 
 
-@pytest.mark.parametrize(("seq", "heads"), [((3, 4), (3, 1)), ((0, 5), (2, 2))])
+@pytest.mark.parametrize(("seq", "heads"), [((3, 4), (3, 1)), ((0, 5), (2, 2)), ((3, 4), (4, 0))])
 @pytest.mark.parametrize("name", ["exchange", "attention"])
 def test_a_compiled_block_has_the_same_gradients(
     rank_pool: RankPool, name: str, seq: tuple[int, ...], heads: tuple[int, ...]
