@@ -122,8 +122,8 @@ def trade(
     sent: Sequence[Sequence[Tensor]], sizes: Sequence[Sequence[int]], group: dist.ProcessGroup
 ) -> list[tuple[Tensor, ...]]:
     """Send some flat tensors to each rank, receive flat tensors of these ``sizes`` from each. One collective."""
-    # In two dimensions: the gradient of a cat of (0,) pieces is fresh zeros, behind which compiled code, and a gradient
-    # of a gradient, would drop this rank's part of the exchange.
+    # In two dimensions: the gradient of a cat of (0,) pieces is fresh zeros, behind which compiled code, and a
+    # gradient of a gradient, would drop this rank's part of the exchange.
     buffer = exchange_rows(
         torch.cat([x.unsqueeze(1) for to_one in sent for x in to_one]),
         [sum(x.numel() for x in to_one) for to_one in sent],
