@@ -126,6 +126,22 @@ ON_ONE_RANK: dict[str, tuple[Change, str]] = {
     "dropout of 1": (lambda a: {"dropout_p": 1.0}, DROPOUT.format("1.0")),
     "dropout below 0": (lambda a: {"dropout_p": -0.1}, DROPOUT.format("-0.1")),
     "dropout of nan": (lambda a: {"dropout_p": float("nan")}, DROPOUT.format("nan")),
+    "float documents": (
+        lambda a: {"cu_seqlens": torch.tensor([0.0, 7.0])},
+        "cu_seqlens is (2,) of torch.float32; it has to be a tensor (documents + 1,) of int32 or int64",
+    ),
+    "documents in two dimensions": (
+        lambda a: {"cu_seqlens": torch.tensor([0, 7]), "cu_seqlens_padded": torch.tensor([[0, 7]])},
+        "cu_seqlens_padded is (1, 2) of torch.int64; it has to be a tensor (documents + 1,) of int32 or int64",
+    ),
+    "a list of documents": (
+        lambda a: {"cu_seqlens": [0, 7]},
+        "cu_seqlens is list; it has to be a tensor (documents + 1,) of int32 or int64",
+    ),
+    "padding without documents": (
+        lambda a: {"cu_seqlens_padded": torch.tensor([0, 7])},
+        "cu_seqlens_padded without cu_seqlens; pass both, or cu_seqlens alone where nothing is padded",
+    ),
     "documents of two rows": (
         lambda a: documents([0, 7]),
         "documents in a batch of 2 with 7 queries and 7 keys; pack them into one row (B = 1) of self-attention, or "
