@@ -1,6 +1,6 @@
 """Expert-parallel dispatch and combine: exact for uneven shards, in few bytes, unable to fail silently."""
 
-from .agreement import BAD, digest, raise_on_every_rank
+from .agreement import BAD, agree, digest, raise_on_every_rank
 from .balance import sequence_balance_loss
 from .dispatch import combine, dispatch
 from .exchange import check_group, exchange_rows
@@ -23,6 +23,7 @@ __all__ = [
     "SwiGLU",
     "TokenSharding",
     "TopKRouter",
+    "agree",
     "build_mesh",
     "check_group",
     "combine",

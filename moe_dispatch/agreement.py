@@ -23,6 +23,25 @@ def digest(facts: str) -> int:
     return crc32(facts.encode())
 
 
+def agree(facts: str, *, device: torch.device, group: dist.ProcessGroup, problem: str = "") -> None:
+    """Raise the same ValueError on every rank of ``group`` unless all of them pass the same ``facts``.
+
+    One exchange of 8 bytes per pair of ranks, whatever the facts, so that nothing that a rank has wrong can break it:
+    what the exchanges of a layer cannot tell, since a rank that believes in other sizes *sends* other sizes. Once per
+    batch is enough, e.g. ``agree(f"{sharding}, {x_BlD.dtype}", device=x_BlD.device, group=group)``.
+
+    Args:
+        facts: what this rank believes, as text.
+        device: that the group communicates on.
+        problem: what is wrong on this rank, raised on all; empty where nothing is.
+    """
+    mine = BAD if problem else digest(facts)
+    ones = (1,) * group.size()
+    words = exchange_rows(torch.full((group.size(),), mine, device=device), ones, ones, group)
+    if problem or set(words.tolist()) != {mine}:
+        raise_on_every_rank(problem, facts, device=device, group=group)
+
+
 def raise_on_every_rank(problem: str, facts: str, *, device: torch.device, group: dist.ProcessGroup) -> NoReturn:
     """Trade sentences and raise the same ValueError on every rank. All ranks call it, after they saw the same words.
 

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from .dropout import Dropout
 
+CPU_ALIGNMENT_BYTES = 64
+
 
 def scaled_dot_product(
     q_BLnH: Tensor,
@@ -42,7 +44,8 @@ def scaled_dot_product(
     if key_padding_mask is not None:
         away_BL11 = ~key_padding_mask[:, :, None, None]
         k_BLgH, v_BLgH = k_BLgH.masked_fill(away_BL11, 0.0), v_BLgH.masked_fill(away_BL11, 0.0)
-    q_BnLH, k_BgLH, v_BgLH = (rearrange(x, "b l n h -> b n l h") for x in (q_BLnH, k_BLgH, v_BLgH))
+    scale = q_BLnH.shape[3] ** -0.5 if scale is None else scale
+    q_BnLH, k_BgLH, v_BgLH = (_heads_first(x) for x in (q_BLnH, k_BLgH, v_BLgH))
     lengths = (q_BnLH.shape[2], k_BgLH.shape[2])
     square_causal = is_causal and lengths[0] == lengths[1] and window is None
     plain = attn_mask is None and key_padding_mask is None and sinks_n is None and dropout is None
@@ -50,7 +53,7 @@ def scaled_dot_product(
         out_BnLH = F.scaled_dot_product_attention(
             q_BnLH, k_BgLH, v_BgLH, is_causal=is_causal, scale=scale, enable_gqa=True
         )
-        return rearrange(out_BnLH, "b n l h -> b l n h")
+        return _tokens_first(out_BnLH, v_BLgH.shape[3])
     mask = Mask.of(lengths, is_causal, window, attn_mask, key_padding_mask, q_BLnH)
     if sinks_n is None and dropout is None:
         out_BnLH = F.scaled_dot_product_attention(
@@ -58,7 +61,23 @@ def scaled_dot_product(
         )
     else:
         out_BnLH = _softmax_by_hand(q_BnLH, k_BgLH, v_BgLH, mask, scale, sinks_n, dropout)
-    return rearrange(out_BnLH.masked_fill(mask.closed, 0.0), "b n l h -> b l n h")
+    return _tokens_first(out_BnLH.masked_fill(mask.closed, 0.0), v_BLgH.shape[3])
+
+
+def _heads_first(x_BLnH: Tensor) -> Tensor:
+    """(B, n, L, H), on CPU with zeros up to a whole number of 64 bytes.
+
+    A CPU kernel's last bit depends on strides and alignment, so on the number of heads beside this one. Zeros change
+    no product, and with them a head is the same bits on any number of ranks.
+    """
+    x_BnLH = rearrange(x_BLnH, "b l n h -> b n l h")
+    if x_BnLH.device.type != "cpu":
+        return x_BnLH
+    return F.pad(x_BnLH.contiguous(), (0, -x_BnLH.shape[3] % (CPU_ALIGNMENT_BYTES // x_BnLH.itemsize)))
+
+
+def _tokens_first(out_BnLH: Tensor, width: int) -> Tensor:
+    return rearrange(out_BnLH[..., :width], "b n l h -> b l n h")
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +137,7 @@ def _softmax_by_hand(
     k_BgLH: Tensor,
     v_BgLH: Tensor,
     mask: Mask,
-    scale: float | None,
+    scale: float,
     sinks_n: Tensor | None,
     dropout: Dropout | None,
 ) -> Tensor:
@@ -127,7 +146,7 @@ def _softmax_by_hand(
     dtype = torch.promote_types(q_BnLH.dtype, torch.float32)
     heads = q_BnLH.shape[1]
     k_BnLH, v_BnLH = (x.repeat_interleave(heads // x.shape[1], dim=1).to(dtype) for x in (k_BgLH, v_BgLH))
-    products_BnLL = q_BnLH.to(dtype) @ k_BnLH.mT * (q_BnLH.shape[3] ** -0.5 if scale is None else scale)
+    products_BnLL = q_BnLH.to(dtype) @ k_BnLH.mT * scale
     if mask.values.dtype == torch.bool:
         products_BnLL = products_BnLL.masked_fill(~mask.values, -torch.inf)
     else:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_dispatch import BAD, TokenSharding, check_group, digest, exchange_rows, raise_on_every_rank
+from moe_dispatch import TokenSharding, agree, check_group, digest
 
 from .batch import Batch, ShardedBatch
 from .documents import Documents
@@ -43,19 +43,9 @@ def shard_batch(batch: Batch, *, sharding: TokenSharding, group: dist.ProcessGro
         if not isinstance(group, dist.ProcessGroup):
             raise
         problem = str(error)
-    agree(facts, problem, device=batch.token_BL.device, group=group)
+    agree(facts, problem=problem, device=batch.token_BL.device, group=group)
     assert sharded is not None  # there was no problem
     return sharded
-
-
-def agree(facts: str, problem: str, *, device: torch.device, group: dist.ProcessGroup) -> None:
-    """Raise the same ValueError on every rank if one has a problem or other facts. One exchange of a size that
-    depends on nothing that a rank could have wrong."""
-    mine = BAD if problem else digest(facts)
-    ones = (1,) * group.size()
-    words = exchange_rows(torch.full((group.size(),), mine, device=device), ones, ones, group)
-    if problem or set(words.tolist()) != {mine}:
-        raise_on_every_rank(problem, facts, device=device, group=group)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -446,28 +446,6 @@ def equal_to_reference(rank: int, batch: list[Case]) -> tuple[list[str], float]:
     return failures, largest
 
 
-def head_by_head(q_BLnH: Tensor, k_BLgH: Tensor, v_BLgH: Tensor, **options: Any) -> Tensor:
-    """The default ``attend`` for each head alone, in memory of its own.
-
-    Matrix products on a CPU choose their order of additions by the strides and the alignment of a matrix, so one
-    process that computes 3 of 4 heads of width 6 differs in 5 % of float32 cases from the same 3 among 4.
-    """
-    queries_per_kv = q_BLnH.shape[2] // k_BLgH.shape[2]
-    outs = []
-    for head in range(q_BLnH.shape[2]):
-        kv_head = head // queries_per_kv
-        parts = [x.narrow(2, i, 1) for x, i in ((q_BLnH, head), (k_BLgH, kv_head), (v_BLgH, kv_head))]
-        own = dict(options)
-        if "sinks_n" in own:
-            own["sinks_n"] = own["sinks_n"].narrow(0, head, 1)
-        if "attn_mask" in own and own["attn_mask"].shape[1] > 1:
-            own["attn_mask"] = own["attn_mask"].narrow(1, head, 1)
-        out_BL1H = scaled_dot_product(*(x.clone(memory_format=torch.contiguous_format) for x in parts), **own)
-        out_BL1H.register_hook(lambda grad: grad.clone(memory_format=torch.contiguous_format))
-        outs.append(out_BL1H)
-    return torch.cat(outs, dim=2)
-
-
 def whole_in_one_process(attend: Attend) -> Attend:
     """``attend`` on whole tensors, document by document where there are some."""
 
@@ -750,26 +728,11 @@ def test_the_drawn_cases_reach_what_others_got_wrong() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_bit_equal_to_one_process(rank_pool: RankPool, ranks: int, dtype: torch.dtype) -> None:
-    """Where no two ranks share a key/value head, so that nothing is added up in another order."""
+    """Where no two ranks share a key/value head, so that nothing is added up in another order: at small, odd widths,
+    and at one that models have."""
     batch = [case for case in cases_of_ranks(ranks, BATCH_OF_CASES) if not case.shares_a_kv_head]
+    batch += [replace(case, widths=(64, 32)) for case in batch[::8]]
     assert len({case.kind for case in batch}) > 0.9 * len(KINDS)
-    assert in_bits(rank_pool, ranks, batch, dtype, head_by_head) == []
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("ranks", [2, 3, 4])
-def test_the_default_attend_is_bit_equal_at_sizes_of_models(
-    rank_pool: RankPool, ranks: int, dtype: torch.dtype
-) -> None:
-    """Widths and lengths in multiples of 16: a head starts at the same alignment wherever it is."""
-    shards = (*range(1, ranks), 48 - sum(range(1, ranks)))
-    batch = [
-        replace(case, widths=(64, 32), seq=shards, kv_seq=shards)
-        for kind in KINDS
-        if kind not in PACKED + CROSS
-        for case in drawn(cases(ranks, kind), BATCH_OF_CASES, f"sizes of models {ranks} {kind}")
-        if not case.shares_a_kv_head
-    ]
     assert in_bits(rank_pool, ranks, batch, dtype, scaled_dot_product) == []
 
 
@@ -818,4 +781,4 @@ def test_every_length_and_head_count(rank_pool: RankPool, ranks: int, kind: str)
     assert failures_of(rank_pool, ranks, batch, timeout=600) == []
     whole_groups = [case for case in batch if not case.shares_a_kv_head]
     for dtype in (torch.float32, torch.bfloat16):
-        assert in_bits(rank_pool, ranks, whole_groups, dtype, head_by_head, timeout=600) == []
+        assert in_bits(rank_pool, ranks, whole_groups, dtype, scaled_dot_product, timeout=600) == []

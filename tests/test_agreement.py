@@ -1,0 +1,49 @@
+"""One check of constant size, once per batch, of what no layer can tell: beliefs that change what is sent."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from moe_dispatch import Partition, TokenSharding, agree
+from moe_dispatch.testing import RankPool
+
+RANKS = 3
+CPU = torch.device("cpu")
+
+
+def shards_of(seq: tuple[int, ...]) -> str:
+    return f"{TokenSharding(batch=2, seq=Partition(seq))}"
+
+
+def told(rank: int, facts: list[str], problems: list[str]) -> tuple[str, float]:
+    """What ``agree`` says, and a sum over the ranks made after it: the group stays usable."""
+    world: Any = dist.group.WORLD
+    text = ""
+    try:
+        agree(facts[rank], device=CPU, group=world, problem=problems[rank])
+    except ValueError as error:
+        text = str(error)
+    ones = torch.ones(())
+    dist.all_reduce(ones, group=world)
+    return text, ones.item()
+
+
+def test_the_same_facts_agree(rank_pool: RankPool) -> None:
+    assert rank_pool.run(told, RANKS, [shards_of((3, 0, 2))] * RANKS, [""] * RANKS) == [("", 3.0)] * RANKS
+
+
+@pytest.mark.parametrize("other", [(2, 1, 2), (4, 0, 2), (3, 2, 0)])
+def test_a_shard_of_another_size_is_everyones_error(rank_pool: RankPool, other: tuple[int, ...]) -> None:
+    facts = [shards_of((3, 0, 2)), shards_of(other), shards_of((3, 0, 2))]
+    text = (
+        f"the ranks disagree about one plan (ranks [0, 2]: {facts[0]}; rank [1]: {facts[1]}); every rank of the "
+        "group has to pass the same values"
+    )
+    assert rank_pool.run(told, RANKS, facts, [""] * RANKS) == [(text, 3.0)] * RANKS
+
+
+def test_a_problem_of_one_rank_is_everyones_error(rank_pool: RankPool) -> None:
+    said = rank_pool.run(told, RANKS, ["the same"] * RANKS, ["", "", "the file has 3 lines"])
+    assert said == [("rank 2: the file has 3 lines", 3.0)] * RANKS
