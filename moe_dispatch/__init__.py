@@ -2,8 +2,8 @@
 
 from .agreement import BAD, agree, digest, raise_on_every_rank
 from .balance import sequence_balance_loss
-from .dispatch import combine, dispatch
-from .exchange import check_group, exchange_rows
+from .dispatch import PendingCombine, PendingDispatch, combine, dispatch, start_combine, start_dispatch
+from .exchange import check_group, exchange_rows, move_rows
 from .experts import GroupedExperts, SwiGLU
 from .mesh import ParallelMesh, build_mesh
 from .metadata import DispatchMetadata, plan_dispatch
@@ -20,6 +20,8 @@ __all__ = [
     "MoE",
     "ParallelMesh",
     "Partition",
+    "PendingCombine",
+    "PendingDispatch",
     "SwiGLU",
     "TokenSharding",
     "TopKRouter",
@@ -31,8 +33,11 @@ __all__ = [
     "dispatch",
     "exchange_rows",
     "gather_tokens",
+    "move_rows",
     "place_tokens",
     "plan_dispatch",
     "raise_on_every_rank",
     "sequence_balance_loss",
+    "start_combine",
+    "start_dispatch",
 ]

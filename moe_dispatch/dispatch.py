@@ -1,61 +1,194 @@
 """Moving rows by a plan: float rows only, no arithmetic on indices.
 
 Dispatch is a linear map A and combine is its adjoint, so the backward of each is the other, and neither keeps a row
-for it.
+for it (a combine with weights keeps the rows that the weights multiply, for the weights' gradient).
+
+Each is two autograd Functions around an exchange in the background: one that gathers and starts it, one that waits
+and spreads or sums. What runs between them overlaps with the exchange, and so does its backward with the exchange
+backward: autograd runs backward in reverse order, so the second Function starts the exchange that the first awaits.
 """
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .exchange import exchange_rows
+from .exchange import Arrived, Transfer, start_exchange
 from .metadata import DispatchMetadata
+from .payload import Payload
+from .row_sums import dot_rows, sum_rows, sum_weighted_rows, weigh_rows
 
 
-class _Dispatch(torch.autograd.Function):
-    """forward   x_MD, weight_M       = A x_tD, A weight_tK
-    backward  d x_tD, d weight_tK  = Aᵀ d x_MD, Aᵀ d weight_M
+@dataclass(slots=True, eq=False)
+class Flight:
+    """The rows of one dispatch or combine on their way, between its two Functions, in forward and in backward."""
+
+    plan: DispatchMetadata
+    _transfer: Transfer | Arrived | None = None
+
+    def depart(self, payload_SC: Tensor) -> None:
+        """Send rows to the experts' ranks: one per (token, rank)."""
+        plan = self.plan
+        self._transfer = start_exchange(payload_SC, plan.rows_sent, plan.rows_received, plan.group)
+
+    def depart_home(self, payload_RC: Tensor) -> None:
+        """Send rows back to their tokens' ranks."""
+        plan = self.plan
+        self._transfer = start_exchange(payload_RC, plan.rows_received, plan.rows_sent, plan.group)
+
+    def land(self) -> Tensor:
+        """The rows that came; nothing of them stays here."""
+        assert self._transfer is not None  # it departed
+        transfer, self._transfer = self._transfer, None
+        return transfer.wait()
+
+
+class _StartDispatch(torch.autograd.Function):
+    """The half of A, and of its adjoint, on the tokens' rank. ``link`` is a number without meaning that ties the
+    halves together in the graph.
+
+    forward   send x_tD, weight_tK to the ranks that need them
+    backward  d x_tD, d weight_tK = the sums of what came back
     """
 
     @staticmethod
-    def forward(ctx: Any, x_tD: Tensor, weight_tK: Tensor, metadata: DispatchMetadata) -> tuple[Tensor, Tensor]:
-        ctx.plan = metadata
-        return _expand(x_tD, weight_tK, metadata)
+    def forward(ctx: Any, x_tD: Tensor, weight_tK: Tensor, flight: Flight) -> Tensor:
+        ctx.flight, ctx.payload = flight, Payload(x_tD, weight_tK)
+        buffer_SC = ctx.payload.empty(len(flight.plan.token_of_sent_S), x_tD.device)
+        ctx.payload.gather(buffer_SC, flight.plan.token_of_sent_S, x_tD, weight_tK)
+        flight.depart(buffer_SC)
+        return x_tD.new_zeros(())
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        grad_x_MD, grad_weight_M = grads
-        metadata: DispatchMetadata = ctx.plan
-        grad_weight_RK = grad_weight_M.new_zeros(sum(metadata.rows_received), metadata.expert_BlK.shape[2])
-        grad_weight_RK[metadata.received_of_row_M, metadata.choice_of_row_M] = grad_weight_M
-        grad_x_RD = sum_rows(grad_x_MD, metadata.row_of_entry_M, metadata.first_entry_R)
-        grad_x_tD, grad_weight_tK = _return(grad_x_RD, grad_weight_RK, metadata=metadata)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        buffer_SC, plan = ctx.flight.land(), ctx.flight.plan
+        grad_x_tD, grad_weight_tK = (
+            ctx.payload.sum_part(buffer_SC, part, plan.sent_of_entry_S, plan.first_entry_t) if needed else None
+            for part, needed in enumerate(ctx.needs_input_grad[:2])
+        )
         return grad_x_tD, grad_weight_tK, None
 
 
-class _Combine(torch.autograd.Function):
-    """forward   y_tD    = Aᵀ y_MD
-    backward  d y_MD  = A d y_tD
+class _FinishDispatch(torch.autograd.Function):
+    """The half on the experts' rank.
+
+    forward   x_MD, weight_M = one copy of what came for each choice
+    backward  send back the sums of d x_MD, and d weight_M in its token's row
     """
 
     @staticmethod
-    def forward(ctx: Any, y_MD: Tensor, metadata: DispatchMetadata, wire_dtype: torch.dtype) -> Tensor:
-        ctx.plan, ctx.dtype = metadata, y_MD.dtype
-        y_RD = sum_rows(y_MD, metadata.row_of_entry_M, metadata.first_entry_R).to(wire_dtype)
-        return _return(y_RD, metadata=metadata)[0]
+    def forward(ctx: Any, link: Tensor, flight: Flight, payload: Payload) -> tuple[Tensor, Tensor]:
+        ctx.flight, ctx.payload, plan = flight, payload, flight.plan
+        buffer_RC = flight.land()
+        weight_M = payload.read_part(buffer_RC, 1)[plan.received_of_row_M, plan.choice_of_row_M]
+        return payload.read_rows(buffer_RC, 0, plan.received_of_row_M), weight_M
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (grad_x_MD, grad_weight_M), plan = grads, ctx.flight.plan
+        grad_x_RD = sum_rows(grad_x_MD, plan.row_of_entry_M, plan.first_entry_R)
+        grad_weight_RK = grad_weight_M.new_zeros(len(grad_x_RD), plan.expert_BlK.shape[2])
+        grad_weight_RK[plan.received_of_row_M, plan.choice_of_row_M] = grad_weight_M
+        buffer_RC = ctx.payload.empty(len(grad_x_RD), grad_x_MD.device)
+        ctx.payload.write(buffer_RC, grad_x_RD, grad_weight_RK)
+        ctx.flight.depart_home(buffer_RC)
+        return grad_x_MD.new_zeros(()), None, None
+
+
+class _StartCombine(torch.autograd.Function):
+    """The half of the adjoint of A on the experts' rank.
+
+    forward   send back the sums of y_MD of each token
+    backward  d y_MD = one copy of what came for each choice
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y_MD: Tensor, flight: Flight) -> Tensor:
+        ctx.flight, plan = flight, flight.plan
+        flight.depart_home(sum_rows(y_MD, plan.row_of_entry_M, plan.first_entry_R))
+        return y_MD.new_zeros(())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return ctx.flight.land().index_select(0, ctx.flight.plan.received_of_row_M), None
+
+
+class _StartWeightedCombine(torch.autograd.Function):
+    """forward   send back the sums of weight_M * y_MD of each token
+    backward  d y_MD = weight_M * g_MD and d weight_M = <y_MD, g_MD>, with g_MD one copy of what came for each choice
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y_MD: Tensor, weight_M: Tensor, flight: Flight) -> Tensor:
+        ctx.flight, plan = flight, flight.plan
+        ctx.save_for_backward(y_MD if ctx.needs_input_grad[1] else None, weight_M)
+        weight_of_entry_M = weight_M[plan.row_of_entry_M]
+        flight.depart_home(sum_weighted_rows(y_MD, weight_of_entry_M, plan.row_of_entry_M, plan.first_entry_R))
+        return y_MD.new_zeros(())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        y_MD, weight_M = ctx.saved_tensors
+        received_of_row_M = ctx.flight.plan.received_of_row_M
+        grad_RD = ctx.flight.land()
+        grad_y_MD = grad_weight_M = None
+        if ctx.needs_input_grad[0]:
+            grad_y_MD = weigh_rows(grad_RD, weight_M, received_of_row_M)
+        if ctx.needs_input_grad[1]:
+            grad_weight_M = dot_rows(y_MD, grad_RD, received_of_row_M).to(weight_M.dtype)
+        return grad_y_MD, grad_weight_M, None
+
+
+class _FinishCombine(torch.autograd.Function):
+    """The half on the tokens' rank.
+
+    forward   y_tD = the sums over ranks of what came back
+    backward  send d y_tD to the ranks that sent
+    """
+
+    @staticmethod
+    def forward(ctx: Any, link: Tensor, flight: Flight) -> Tensor:
+        ctx.flight, plan = flight, flight.plan
+        return sum_rows(flight.land(), plan.sent_of_entry_S, plan.first_entry_t)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (grad_y_tD,) = grads
-        no_weights_t0 = grad_y_tD.new_empty(len(grad_y_tD), 0)
-        grad_y_MD, _ = _expand(grad_y_tD, no_weights_t0, ctx.plan)
-        return grad_y_MD.to(ctx.dtype), None, None
+        ctx.flight.depart(grad_y_tD.index_select(0, ctx.flight.plan.token_of_sent_S))
+        return grad_y_tD.new_zeros(()), None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PendingDispatch:
+    """Rows on their way to the experts. Call :meth:`finish` once."""
+
+    _link: Tensor
+    _flight: Flight
+    _payload: Payload
+
+    def finish(self) -> tuple[Tensor, Tensor]:
+        """Wait for the rows: what :func:`dispatch` returns."""
+        return _FinishDispatch.apply(self._link, self._flight, self._payload)  # type: ignore[return-value]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PendingCombine:
+    """Rows on their way back to their tokens. Call :meth:`finish` once."""
+
+    _link: Tensor
+    _flight: Flight
+
+    def finish(self) -> Tensor:
+        """Wait for the rows: what :func:`combine` returns."""
+        y_tD: Tensor = _FinishCombine.apply(self._link, self._flight)  # type: ignore[assignment]
+        return y_tD.unflatten(0, self._flight.plan.local_shape[:2])
 
 
 def dispatch(x_BlD: Tensor, weight_BlK: Tensor, metadata: DispatchMetadata) -> tuple[Tensor, Tensor]:
@@ -81,6 +214,15 @@ def dispatch(x_BlD: Tensor, weight_BlK: Tensor, metadata: DispatchMetadata) -> t
             not on its peers: pass ``weight_BlK`` to :func:`plan_dispatch`, and check the rest where all ranks take
             the same path.
     """
+    return start_dispatch(x_BlD, weight_BlK, metadata).finish()
+
+
+def start_dispatch(x_BlD: Tensor, weight_BlK: Tensor, metadata: DispatchMetadata) -> PendingDispatch:
+    """:func:`dispatch` in the background: what is computed before ``finish()`` overlaps with the exchange, and its
+    backward with the exchange backward. Every rank calls both, in the same order among its collectives.
+
+    Args, Raises: as :func:`dispatch`.
+    """
     if tuple(x_BlD.shape) != metadata.local_shape or not x_BlD.is_floating_point():
         raise ValueError(
             f"rank {metadata.rank}: x is {tuple(x_BlD.shape)} of {x_BlD.dtype}, but the plan was made for "
@@ -91,7 +233,10 @@ def dispatch(x_BlD: Tensor, weight_BlK: Tensor, metadata: DispatchMetadata) -> t
             f"rank {metadata.rank}: weights are {tuple(weight_BlK.shape)} of {weight_BlK.dtype}, but the plan was "
             f"made from ids of shape {tuple(metadata.expert_BlK.shape)}; each choice needs one floating-point weight"
         )
-    return _Dispatch.apply(x_BlD.flatten(0, 1), weight_BlK.flatten(0, 1), metadata)  # type: ignore[return-value]
+    x_tD, weight_tK = x_BlD.flatten(0, 1), weight_BlK.flatten(0, 1)
+    flight = Flight(metadata)
+    link: Tensor = _StartDispatch.apply(x_tD, weight_tK, flight)  # type: ignore[assignment]
+    return PendingDispatch(link, flight, Payload(x_tD, weight_tK))
 
 
 def combine(y_MD: Tensor, metadata: DispatchMetadata, weight_M: Tensor | None = None) -> Tensor:
@@ -112,70 +257,26 @@ def combine(y_MD: Tensor, metadata: DispatchMetadata, weight_M: Tensor | None = 
     Raises:
         ValueError: a number of rows or weights that is not the plan's.
     """
+    return start_combine(y_MD, metadata, weight_M).finish()
+
+
+def start_combine(y_MD: Tensor, metadata: DispatchMetadata, weight_M: Tensor | None = None) -> PendingCombine:
+    """:func:`combine` in the background, as :func:`start_dispatch`.
+
+    Args, Raises: as :func:`combine`.
+    """
     num_rows = len(metadata.token_of_row_M)
     if y_MD.ndim != 2 or len(y_MD) != num_rows or not y_MD.is_floating_point():
         raise ValueError(
             f"rank {metadata.rank}: y is {tuple(y_MD.shape)} of {y_MD.dtype}, but the plan has {num_rows} rows; "
             "pass one floating-point row per row of dispatch, in its order"
         )
-    rows_MD = y_MD
-    if weight_M is not None:
-        if tuple(weight_M.shape) != (num_rows,):
-            raise ValueError(
-                f"rank {metadata.rank}: weight_M is {tuple(weight_M.shape)}, but the plan has {num_rows} rows; pass "
-                "the weight_M of dispatch"
-            )
-        sum_dtype = torch.promote_types(y_MD.dtype, torch.float32)
-        rows_MD = y_MD.to(sum_dtype) * weight_M.to(sum_dtype).unsqueeze(1)
-    y_tD: Tensor = _Combine.apply(rows_MD, metadata, y_MD.dtype)  # type: ignore[assignment]
-    return y_tD.unflatten(0, metadata.local_shape[:2])
-
-
-def sum_rows(rows_ND: Tensor, row_of_entry: Tensor, first_entry: Tensor) -> Tensor:
-    """(len(first_entry), D): sums of consecutive entries' rows, each from its ``first_entry`` to the next; 0 where
-    there is none.
-
-    One pass without a float32 copy: ``embedding_bag`` gathers and sums, low precision in float32 registers, and
-    rounds once.
-    """
-    return F.embedding_bag(row_of_entry, rows_ND, first_entry, mode="sum")
-
-
-def _expand(x_tD: Tensor, weight_tK: Tensor, metadata: DispatchMetadata) -> tuple[Tensor, Tensor]:
-    """A: each token's row once to every rank that needs it, and there one copy per choice. No weights where K is
-    0."""
-    payload_SC = _pack(x_tD, weight_tK).index_select(0, metadata.token_of_sent_S)
-    payload_RC = exchange_rows(payload_SC, metadata.rows_sent, metadata.rows_received, metadata.group)
-    row_bytes = x_tD.shape[1] * x_tD.itemsize
-    x_MD = payload_RC[:, :row_bytes].index_select(0, metadata.received_of_row_M).view(x_tD.dtype)
-    if not weight_tK.shape[1]:
-        return x_MD, weight_tK.new_empty(0)
-    weight_RK = _unpack(payload_RC, weight_tK, row_bytes)
-    return x_MD, weight_RK[metadata.received_of_row_M, metadata.choice_of_row_M]
-
-
-def _return(*row_tensors_R: Tensor, metadata: DispatchMetadata) -> Sequence[Tensor]:
-    """The rest of Aᵀ: received rows back to their tokens' ranks, in one payload, and summed there."""
-    payload_SC = exchange_rows(_pack(*row_tensors_R), metadata.rows_received, metadata.rows_sent, metadata.group)
-    sums, start = [], 0
-    for like_R in row_tensors_R:
-        rows_S = _unpack(payload_SC, like_R, start)
-        sums.append(sum_rows(rows_S, metadata.sent_of_entry_S, metadata.first_entry_t))
-        start += like_R.shape[1] * like_R.itemsize
-    return sums
-
-
-def _pack(*row_tensors: Tensor) -> Tensor:
-    """Tensors (N, width), of any dtypes, side by side as bytes: one collective moves them all."""
-    # One row or column counts as contiguous with any stride, but only stride 1 can be viewed as bytes.
-    dense = (
-        rows if rows.stride(1) == 1 else rows.clone(memory_format=torch.contiguous_format) for rows in row_tensors
-    )
-    return torch.cat([rows.view(torch.uint8) for rows in dense], dim=1)
-
-
-def _unpack(payload: Tensor, like: Tensor, start: int) -> Tensor:
-    """The rows, in the width and dtype of ``like``, that start at byte ``start`` of each payload row."""
-    rows = payload[:, start : start + like.shape[1] * like.itemsize]
-    # A copy even of one row, which counts as contiguous: bytes at any offset cannot be viewed as a wider dtype.
-    return rows.clone(memory_format=torch.contiguous_format).view(like.dtype)
+    flight = Flight(metadata)
+    if weight_M is None:
+        return PendingCombine(_StartCombine.apply(y_MD, flight), flight)  # type: ignore[arg-type]
+    if tuple(weight_M.shape) != (num_rows,):
+        raise ValueError(
+            f"rank {metadata.rank}: weight_M is {tuple(weight_M.shape)}, but the plan has {num_rows} rows; pass "
+            "the weight_M of dispatch"
+        )
+    return PendingCombine(_StartWeightedCombine.apply(y_MD, weight_M, flight), flight)  # type: ignore[arg-type]

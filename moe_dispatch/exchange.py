@@ -1,6 +1,7 @@
-"""The differentiable all-to-all of rows, and the only file that calls the collective."""
+"""The all-to-all of rows, differentiable or in the background, and the only file that calls the collective."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,13 +19,60 @@ class _ExchangeRows(torch.autograd.Function):
         ctx: Any, rows: Tensor, sent: tuple[int, ...], received: tuple[int, ...], group: dist.ProcessGroup
     ) -> Tensor:
         ctx.sent, ctx.received, ctx.group = sent, received, group
-        out = rows.new_empty((sum(received), *rows.shape[1:]))
-        dist.all_to_all_single(out, rows.contiguous(), list(received), list(sent), group=group)
-        return out
+        return move_rows(rows.contiguous(), sent, received, group)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         return _ExchangeRows.apply(grads[0], ctx.received, ctx.sent, ctx.group), None, None, None  # type: ignore[return-value]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Transfer:
+    """Rows on their way. Holds the rows sent until they have arrived."""
+
+    rows: Tensor
+    out: Tensor
+    work: dist.Work
+
+    def wait(self) -> Tensor:
+        """The rows received. On CUDA only the current stream waits, not the host."""
+        self.work.wait()
+        return self.out
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Arrived:
+    """Rows of a group of one rank, which are there already."""
+
+    rows: Tensor
+
+    def wait(self) -> Tensor:
+        return self.rows
+
+
+def start_exchange(
+    rows: Tensor, sent: Sequence[int], received: Sequence[int], group: dist.ProcessGroup
+) -> Transfer | Arrived:
+    """:func:`exchange_rows` in the background: no gradient, no checks, contiguous rows, the result at ``wait()``."""
+    if len(sent) == 1:
+        return Arrived(rows)
+    out, work = _exchange(rows, sent, received, group, in_background=True)
+    assert work is not None  # it is of this group
+    return Transfer(rows, out, work)
+
+
+def move_rows(rows: Tensor, sent: Sequence[int], received: Sequence[int], group: dist.ProcessGroup) -> Tensor:
+    """:func:`exchange_rows` for autograd Functions: no gradient, no checks, contiguous rows."""
+    if len(sent) == 1:
+        return rows
+    return _exchange(rows, sent, received, group, in_background=False)[0]
+
+
+def _exchange(
+    rows: Tensor, sent: Sequence[int], received: Sequence[int], group: dist.ProcessGroup, *, in_background: bool
+) -> tuple[Tensor, dist.Work | None]:
+    out = rows.new_empty((sum(received), *rows.shape[1:]))
+    return out, dist.all_to_all_single(out, rows, list(received), list(sent), group=group, async_op=in_background)
 
 
 def check_group(group: dist.ProcessGroup | None, num_ranks: int, what: str) -> None:

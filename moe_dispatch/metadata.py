@@ -6,7 +6,9 @@ expert of mine, by expert, then global token, then choice. *Entries*: the terms 
 consecutive entries.
 """
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
@@ -15,8 +17,8 @@ from torch import Tensor
 from .agreement import BAD, digest, raise_on_every_rank
 from .exchange import check_group
 from .partition import Partition
-from .routing import WORDS, exchange_routing
-from .row_index import Routes
+from .routing import WORDS, RoutingExchange
+from .row_index import Arrivals, Departures
 from .sharding import TokenSharding
 
 # Ids travel as one byte or as int16 (gloo carries both as bytes).
@@ -88,6 +90,7 @@ def plan_dispatch(
     group: dist.ProcessGroup,
     weight_BlK: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    facts: str = "",
 ) -> DispatchMetadata:
     """Plan which rows go where. One collective of known size, then one copy to the host: the only one of the layer.
 
@@ -103,6 +106,8 @@ def plan_dispatch(
             would not learn of it.
         dtype: of the rows to move, if the caller knows it already: ranks that differ in it are told so here, and
             break the backend later.
+        facts: what the ranks have to agree on, as text, for a plan that is a part of a larger one; the arguments of
+            this call where it is left out.
 
     Raises:
         ValueError: the same text on every rank, naming the rank at fault: ids of the wrong dtype or shape or outside
@@ -122,18 +127,21 @@ def plan_dispatch(
         )
     expert_tK = expert_BlK.flatten(0, 1)
     num_choices = expert_tK.shape[1]
-    facts = _facts(num_choices, dim, sharding, experts, dtype)
+    facts = facts or _facts(num_choices, dim, sharding, experts, dtype)
     expected = digest(facts) % WORDS
-    bad = ((expert_tK < -1) | (expert_tK >= experts.total)).any()
-    if weight_BlK is not None:
-        bad = bad | weight_BlK.isnan().any()
-    word = torch.where(bad, BAD, expected).to(torch.int64)
-    expert_GK, word_P = exchange_routing(expert_tK, word, sharding=sharding, experts=experts, group=group)
-    routes = Routes.of(expert_GK, sharding, experts, rank)
-    words, rows_sent, rows_received, rows_per_expert = routes.counts_to_host(word_P)
+    word = _word(expert_tK, weight_BlK, experts, expected)
+    exchange = RoutingExchange.start(expert_tK, word, sharding=sharding, experts=experts, group=group)
+    departures = Departures.of(expert_tK, exchange.grid)
+    sent_P = departures.count_P
+    id_GK, word_P = exchange.wait()
+    arrivals = Arrivals.of(id_GK, exchange.grid, experts, rank)
+    counts = (word_P, sent_P, arrivals.received_before_P1, arrivals.rows_per_expert_e)
+    # The one copy to the host.
+    words, rows_sent, received_before, rows_per_expert = _split(torch.cat(counts).tolist(), map(len, counts))
     if set(words) != {expected}:
         problem = _problem_of_values(expert_tK, weight_BlK, experts) if words[rank] == BAD else ""
         raise_on_every_rank(problem, facts, device=expert_tK.device, group=group)
+    rows_received = tuple(after - before for before, after in pairwise(received_before))
     return DispatchMetadata(
         local_shape=(*sharding.local_shape(rank), dim),
         sharding=sharding,
@@ -143,9 +151,9 @@ def plan_dispatch(
         rows_sent=rows_sent,
         rows_received=rows_received,
         expert_BlK=expert_BlK.clone(),
-        rows_per_expert_e=routes.rows_per_expert_e,
-        **routes.index_sent(sum(rows_sent)),
-        **routes.index_rows(sum(rows_received), sum(rows_per_expert)),
+        rows_per_expert_e=arrivals.rows_per_expert_e.clone(),
+        **departures.index(sum(rows_sent)),
+        **arrivals.index(sum(rows_received), sum(rows_per_expert), sharding.num_tokens),
     )
 
 
@@ -168,7 +176,7 @@ def refuse_plan(
     check_plan(dim, sharding, experts, group)
     word = torch.full((), BAD, dtype=torch.int64, device=device)
     none_tK = word.expand(sharding.local_sizes[group.rank()], num_choices)
-    exchange_routing(none_tK, word, sharding=sharding, experts=experts, group=group)
+    RoutingExchange.start(none_tK, word, sharding=sharding, experts=experts, group=group).wait()
     raise_on_every_rank(problem, "", device=device, group=group)
 
 
@@ -182,6 +190,24 @@ def check_plan(dim: int, sharding: TokenSharding, experts: Partition, group: dis
         )
     if not 1 <= experts.total <= MOST_EXPERTS:
         raise ValueError(f"{experts.total} experts; a group can have 1 to {MOST_EXPERTS}")
+
+
+def _word(expert_tK: Tensor, weight_BlK: Tensor | None, experts: Partition, expected: int) -> Tensor:
+    """() int64: ``expected``, or BAD. Made on the device, so that a bad value costs no host sync of its own."""
+    if not expert_tK.numel():
+        return torch.tensor(expected, device=expert_tK.device)
+    lowest, highest = torch.aminmax(expert_tK)
+    good = (lowest >= -1) & (highest < experts.total)
+    if weight_BlK is not None:
+        good = good & ~weight_BlK.isnan().any()
+    return torch.where(good, expected, BAD)
+
+
+def _split(values: list[int], sizes: Iterable[int]) -> Iterator[tuple[int, ...]]:
+    start = 0
+    for size in sizes:
+        yield tuple(values[start : start + size])
+        start += size
 
 
 def _facts(num_choices: int, dim: int, sharding: TokenSharding, experts: Partition, dtype: torch.dtype | None) -> str:

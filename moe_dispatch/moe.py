@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .balance import sum_counts
-from .dispatch import combine, dispatch
+from .dispatch import combine, start_dispatch
 from .exchange import check_group
 from .experts import GroupedExperts
 from .metadata import DispatchMetadata, check_plan, plan_dispatch, refuse_plan
@@ -26,7 +26,8 @@ class MoE(nn.Module):
         experts: this rank's share of them.
         partition: which rank of ``group`` holds which experts.
         group: the expert-parallel process group.
-        shared: experts that every token goes to, as one module (..., D) -> (..., D), e.g. :class:`SwiGLU`.
+        shared: experts that every token goes to, as one module (..., D) -> (..., D), e.g. :class:`SwiGLU`. They
+            compute while rows are on their way to the routed experts, in forward and in backward.
 
     Attributes:
         load_E: choices that fell on each expert from this rank's tokens since :meth:`update_bias`; counted in
@@ -98,12 +99,11 @@ class MoE(nn.Module):
         scores_BlE = self.router(x_BlD)
         metadata = self._plans.recall(lambda: self._plan(scores_BlE.detach(), x_BlD.dtype, sharding))
         weight_BlK = self.router.weigh(scores_BlE, metadata.expert_BlK)
-        x_MD, weight_M = dispatch(x_BlD, weight_BlK, metadata)
-        y_MD = self.experts(x_MD, metadata.rows_per_expert_e, weight_M)
-        y_BlD = combine(y_MD, metadata)
-        if self.shared is not None:
-            y_BlD = y_BlD + self.shared(x_BlD)
-        return y_BlD, scores_BlE
+        rows = start_dispatch(x_BlD, weight_BlK, metadata)
+        shared_BlD = None if self.shared is None else self.shared(x_BlD)  # while the rows are on their way
+        x_MD, weight_M = rows.finish()
+        y_BlD = combine(self.experts(x_MD, metadata.rows_per_expert_e, weight_M), metadata)
+        return y_BlD if shared_BlD is None else y_BlD + shared_BlD, scores_BlE
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """A copy in the same process group."""

@@ -34,7 +34,8 @@ class Partition:
                 "a Partition without pieces; it needs one size per rank, e.g. Partition((4,)) for one rank"
             )
         for rank, size in enumerate(self.sizes):
-            check_count(size, f"size {rank} of Partition({self.sizes})", least=0)
+            if type(size) is not int or size < 0:  # the whole tuple is text only for an error: it can be long
+                check_count(size, f"size {rank} of Partition({self.sizes})", least=0)
 
     @classmethod
     def even(cls, total: int, ranks: int) -> "Partition":

@@ -5,80 +5,89 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .grid import Grid
 from .partition import Partition
-from .sharding import TokenSharding
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Routes:
-    """The routing of the whole group as one rank sees it. G: tokens of the group, rank after rank. P: ranks."""
+@dataclass(frozen=True, slots=True)
+class Departures:
+    """Which rank needs which of my tokens. Known before the routing of the others has come.
 
-    rank: int
-    sharding: TokenSharding
-    needed_tP: Tensor  # does rank P need my token t
-    here_GK: Tensor  # did this choice fall on an expert of mine
-    expert_GK: Tensor  # my expert of each such choice, counted from 0; the number of my experts elsewhere
+    P: ranks, t: my tokens.
+    """
+
+    needed_Pt: Tensor
+
+    @classmethod
+    def of(cls, expert_tK: Tensor, grid: Grid) -> "Departures":
+        # 1 + rank; id -1 gives 0. Contiguous, or it warns and copies.
+        place_tK = torch.bucketize(expert_tK.contiguous(), grid.first_expert_P, right=True)
+        needed = torch.zeros(len(grid.first_expert_P) + 1, len(expert_tK), dtype=torch.bool, device=expert_tK.device)
+        return cls(needed.scatter_(0, place_tK.T, True)[1:])
+
+    @property
+    def count_P(self) -> Tensor:
+        """Rows for each rank."""
+        return self.needed_Pt.sum(1)
+
+    def index(self, num_sent: int) -> dict[str, Tensor]:
+        """My tokens -> sent rows, and back."""
+        token_of_sent_S = torch.nonzero_static(self.needed_Pt, size=num_sent)[:, 1].contiguous()
+        return {
+            "token_of_sent_S": token_of_sent_S,
+            "sent_of_entry_S": token_of_sent_S.argsort(stable=True),
+            "first_entry_t": _starts(self.needed_Pt.sum(0)),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Arrivals:
+    """Which choices of the group's tokens fell on my experts.
+
+    G: tokens of the group, rank after rank.
+    """
+
+    grid: Grid
+    place_GK: Tensor  # 1 + my expert of each choice; 0 for the choices that fell elsewhere
+    received_before_G1: Tensor  # rows that came before each token, and of all
     rows_per_expert_e: Tensor
 
     @classmethod
-    def of(cls, expert_GK: Tensor, sharding: TokenSharding, experts: Partition, rank: int) -> "Routes":
-        device, ranks, num_mine = expert_GK.device, len(experts), experts.sizes[rank]
-        no_rank = torch.full((1,), ranks, device=device)
-        rank_of_id = torch.cat([experts.owner(torch.arange(experts.total, device=device)), no_rank])
-        rank_GK = rank_of_id[expert_GK]  # id -1 reads the last place
-        rank_tK = rank_GK.split(sharding.local_sizes)[rank]
-        needed_tP = torch.zeros(len(rank_tK), ranks + 1, dtype=torch.bool, device=device).scatter_(1, rank_tK, True)
-        here_GK = rank_GK == rank
-        mine_GK = torch.where(here_GK, expert_GK - experts.offsets[rank], num_mine)
-        rows_e = torch.zeros(num_mine + 1, dtype=torch.int64, device=device)
-        rows_e = rows_e.scatter_add_(0, mine_GK.flatten(), torch.ones_like(mine_GK).flatten())
-        return cls(
-            rank=rank,
-            sharding=sharding,
-            needed_tP=needed_tP[:, :ranks],
-            here_GK=here_GK,
-            expert_GK=mine_GK,
-            rows_per_expert_e=rows_e[:num_mine].clone(),
-        )
+    def of(cls, id_GK: Tensor, grid: Grid, experts: Partition, rank: int) -> "Arrivals":
+        """``id_GK``: expert ids plus one, 0 for "no expert"."""
+        num_mine = experts.sizes[rank]
+        place_GK = (id_GK - experts.offsets[rank]).clamp_(0, num_mine + 1)
+        place_GK.masked_fill_(place_GK > num_mine, 0)
+        rows_per_place = torch.zeros(num_mine + 1, dtype=torch.int64, device=id_GK.device)
+        rows_per_place.scatter_add_(0, place_GK.view(-1), torch.ones_like(place_GK).view(-1))
+        received_before_G1 = torch.zeros(len(id_GK) + 1, dtype=torch.int64, device=id_GK.device)
+        torch.cumsum(place_GK.any(1), 0, out=received_before_G1[1:])
+        return cls(grid, place_GK, received_before_G1, rows_per_place[1:])
 
-    def counts_to_host(self, word_P: Tensor) -> tuple[tuple[int, ...], ...]:
-        """Status words, rows sent and received per rank, rows per expert: the one copy to the host."""
-        received = [here_tK.any(1).sum() for here_tK in self.here_GK.split(self.sharding.local_sizes)]
-        counts = [word_P, self.needed_tP.sum(0), torch.stack(received), self.rows_per_expert_e]
-        on_host = torch.cat(counts).cpu().split([len(count) for count in counts])
-        return tuple(tuple(count.tolist()) for count in on_host)
+    @property
+    def received_before_P1(self) -> Tensor:
+        """Rows that came from the ranks before each rank, and from all."""
+        return self.received_before_G1.index_select(0, self.grid.start_P1)
 
-    def index_sent(self, num_sent: int) -> dict[str, Tensor]:
-        """My tokens -> sent rows, and back."""
-        needed_Pt = self.needed_tP.T.contiguous()
-        sent_Pt = (needed_Pt.flatten().cumsum(0) - 1).view_as(needed_Pt)
-        token_of_entry_S, rank_of_entry_S = torch.nonzero_static(self.needed_tP, size=num_sent).unbind(1)
-        return {
-            "token_of_sent_S": torch.nonzero_static(needed_Pt, size=num_sent)[:, 1].contiguous(),
-            "sent_of_entry_S": sent_Pt[rank_of_entry_S, token_of_entry_S],
-            "first_entry_t": _starts(self.needed_tP.sum(1)),
-        }
-
-    def index_rows(self, num_received: int, num_rows: int) -> dict[str, Tensor]:
-        """Received rows -> rows of my experts, and back."""
-        received_of_G = self.here_GK.any(1).cumsum(0) - 1
-        token_of_G = self.sharding.stacked_tokens(self.here_GK.device)
-        g_of_entry_M, choice_of_entry_M = torch.nonzero_static(self.here_GK, size=num_rows).unbind(1)
-        expert_of_entry_M = self.expert_GK[g_of_entry_M, choice_of_entry_M]
-        # Entries are in (received row, choice) order, so a stable sort leaves the choices of a token in order.
-        entry_of_row_M = (expert_of_entry_M * self.sharding.num_tokens + token_of_G[g_of_entry_M]).argsort(
-            stable=True
-        )
-        g_of_row_M = g_of_entry_M[entry_of_row_M]
-        row_of_entry_M = torch.empty_like(entry_of_row_M)
-        row_of_entry_M[entry_of_row_M] = torch.arange(num_rows, device=entry_of_row_M.device)
-        g_of_received_R = torch.nonzero_static(self.here_GK.any(1), size=num_received)[:, 0]
+    def index(self, num_received: int, num_rows: int, num_tokens: int) -> dict[str, Tensor]:
+        """Received rows -> rows of my experts, and back. ``num_tokens``: of the whole grid."""
+        place, num_choices = self.place_GK.view(-1), self.place_GK.shape[1]
+        token_of_G = self.grid.token_of_G
+        # Choices are in (received row, choice) order, so a stable sort leaves those of a token in order.
+        flat_of_entry_M = torch.nonzero_static(place, size=num_rows)[:, 0]
+        key_M = place[flat_of_entry_M] * num_tokens + token_of_G[flat_of_entry_M // num_choices]
+        entry_of_row_M = key_M.argsort(stable=True)
+        row_M = torch.arange(num_rows, device=place.device)
+        flat_of_row_M = flat_of_entry_M[entry_of_row_M]
+        g_of_row_M = flat_of_row_M // num_choices
+        here_G = self.received_before_G1.diff()
+        g_of_received_R = torch.nonzero_static(here_G, size=num_received)[:, 0]
         return {
             "token_of_row_M": token_of_G[g_of_row_M],
-            "received_of_row_M": received_of_G[g_of_row_M],
-            "choice_of_row_M": choice_of_entry_M[entry_of_row_M],
-            "row_of_entry_M": row_of_entry_M,
-            "first_entry_R": _starts(self.here_GK.sum(1))[g_of_received_R],
+            "received_of_row_M": self.received_before_G1[g_of_row_M],
+            "choice_of_row_M": flat_of_row_M - g_of_row_M * num_choices,
+            "row_of_entry_M": torch.empty_like(row_M).scatter_(0, entry_of_row_M, row_M),
+            "first_entry_R": _starts((self.place_GK > 0).sum(1)[g_of_received_R]),
         }
 
 

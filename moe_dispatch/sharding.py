@@ -8,6 +8,7 @@ and wrong for the rest.
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal, overload
 
 import torch
@@ -67,6 +68,11 @@ class TokenSharding:
     def local_sizes(self) -> tuple[int, ...]:
         """Tokens that each rank holds."""
         return tuple(rows * length for rows, length in map(self._extent, range(self.num_ranks)))
+
+    @property
+    def local_starts(self) -> tuple[int, ...]:
+        """Where each rank's tokens start in a gather over the ranks."""
+        return tuple(accumulate(self.local_sizes[:-1], initial=0))
 
     def local_shape(self, rank: int) -> tuple[int, int]:
         """(b, l), or (l, b) for order "LB"."""
@@ -139,10 +145,26 @@ class TokenSharding:
         rows, length = self._extent(rank)
         return self.global_token(torch.arange(rows * length, device=device), rank)
 
+    def stacked_ranks(self, device: torch.device | str = "cpu") -> Tensor:
+        """(sum of local_sizes,) rank of every held token, rank after rank, as a gather over the ranks delivers
+        them."""
+        sizes = self.local_sizes
+        size_P = torch.tensor(sizes, dtype=torch.int64, device=device)
+        return torch.arange(len(sizes), device=device).repeat_interleave(size_P, output_size=sum(sizes))
+
     def stacked_tokens(self, device: torch.device | str = "cpu") -> Tensor:
-        """(sum of local_sizes,) global token of every held token, rank after rank, as a gather over the ranks
-        delivers them."""
-        return torch.cat([self.tokens(rank, device) for rank in range(self.num_ranks)])
+        """(sum of local_sizes,) global token of every held token, in the order of :meth:`stacked_ranks`."""
+        rank_of_G = self.stacked_ranks(device)
+        outer_of_P, inner_of_P = zip(*(self._corner(rank) for rank in range(self.num_ranks)), strict=True)
+        if self.order == "LB":
+            outer_of_P, inner_of_P = inner_of_P, outer_of_P
+        lengths = [max(self.local_shape(rank)[1], 1) for rank in range(self.num_ranks)]
+        facts_P4 = torch.tensor(
+            list(zip(self.local_starts, lengths, outer_of_P, inner_of_P, strict=True)), device=device
+        )
+        start_G, length_G, outer_G, inner_G = facts_P4.index_select(0, rank_of_G).unbind(1)
+        local_G = torch.arange(len(rank_of_G), device=device) - start_G
+        return (outer_G + local_G // length_G) * self.global_shape[1] + inner_G + local_G % length_G
 
     def shard(self, x: Tensor, rank: int) -> Tensor:
         """This rank's piece, a view, of the whole ``x``: (B, L, ...) or (L, B, ...)."""

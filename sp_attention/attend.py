@@ -44,23 +44,23 @@ def scaled_dot_product(
     if key_padding_mask is not None:
         away_BL11 = ~key_padding_mask[:, :, None, None]
         k_BLgH, v_BLgH = k_BLgH.masked_fill(away_BL11, 0.0), v_BLgH.masked_fill(away_BL11, 0.0)
-    scale = q_BLnH.shape[3] ** -0.5 if scale is None else scale
+    factor = q_BLnH.shape[3] ** -0.5 if scale is None else scale  # before the width is padded
     q_BnLH, k_BgLH, v_BgLH = (_heads_first(x) for x in (q_BLnH, k_BLgH, v_BLgH))
     lengths = (q_BnLH.shape[2], k_BgLH.shape[2])
     square_causal = is_causal and lengths[0] == lengths[1] and window is None
     plain = attn_mask is None and key_padding_mask is None and sinks_n is None and dropout is None
     if plain and (square_causal or (not is_causal and window is None)):
         out_BnLH = F.scaled_dot_product_attention(
-            q_BnLH, k_BgLH, v_BgLH, is_causal=is_causal, scale=scale, enable_gqa=True
+            q_BnLH, k_BgLH, v_BgLH, is_causal=is_causal, scale=factor, enable_gqa=True
         )
         return _tokens_first(out_BnLH, v_BLgH.shape[3])
     mask = Mask.of(lengths, is_causal, window, attn_mask, key_padding_mask, q_BLnH)
     if sinks_n is None and dropout is None:
         out_BnLH = F.scaled_dot_product_attention(
-            q_BnLH, k_BgLH, v_BgLH, attn_mask=mask.values, scale=scale, enable_gqa=True
+            q_BnLH, k_BgLH, v_BgLH, attn_mask=mask.values, scale=factor, enable_gqa=True
         )
     else:
-        out_BnLH = _softmax_by_hand(q_BnLH, k_BgLH, v_BgLH, mask, scale, sinks_n, dropout)
+        out_BnLH = _softmax_by_hand(q_BnLH, k_BgLH, v_BgLH, mask, factor, sinks_n, dropout)
     return _tokens_first(out_BnLH.masked_fill(mask.closed, 0.0), v_BLgH.shape[3])
 
 

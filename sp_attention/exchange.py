@@ -1,19 +1,20 @@
 """Trade tokens for heads and back: my tokens with all heads <-> all tokens with my heads.
 
-Only views, ``cat`` and ``exchange_rows``, so autograd makes the exact adjoint: the counts of its exchange are those
-of the forward, swapped. Real lengths travel, nothing is padded, and a rank without tokens or heads takes part in
-everything.
+There and back are each other's adjoint, so each is the other's backward, with the same lanes. Real lengths travel,
+nothing is padded, each value is copied once before and once after the collective, and a rank without tokens or heads
+takes part in everything.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
+from itertools import chain
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_dispatch import Partition, TokenSharding, check_group, exchange_rows
+from moe_dispatch import Partition, TokenSharding, check_group, move_rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +28,14 @@ class Lane:
 
     sharding: TokenSharding
     heads: Partition
+
+    def of_heads(self, x_BlNH: Tensor, rank: int) -> Tensor:
+        """The heads that go to ``rank``, a view."""
+        return x_BlNH.narrow(2, self.heads.offsets[rank], self.heads.sizes[rank])
+
+    def of_tokens(self, x_BLnH: Tensor, rank: int) -> Tensor:
+        """The tokens of ``rank``, a view."""
+        return self.sharding.shard(x_BLnH, rank)
 
 
 def heads_from_tokens(
@@ -80,6 +89,65 @@ def tokens_from_heads(
     return collect(x_BLnH, Lane(sharding=sharding, heads=heads), group)
 
 
+class _ToHeads(torch.autograd.Function):
+    """forward   whole tensors of my heads, and all headers = S (my tokens' tensors)
+    backward  d tensors = Sᵀ (d whole tensors), which is _ToTokens
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, lanes: tuple[Lane, ...], group: dist.ProcessGroup, header: Tensor, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.lanes, ctx.group = lanes, group
+        rank, ranks = group.rank(), range(group.size())
+        sent = [[header, *(lane.of_heads(x, to) for x, lane in zip(tensors, lanes, strict=True))] for to in ranks]
+        wholes = [
+            x.new_empty(*lane.sharding.global_shape, lane.heads.sizes[rank], x.shape[3])
+            for x, lane in zip(tensors, lanes, strict=True)
+        ]
+        headers = header.new_empty(len(ranks), len(header))
+        trade(
+            sent,
+            [
+                [headers[source], *(lane.of_tokens(x, source) for x, lane in zip(wholes, lanes, strict=True))]
+                for source in ranks
+            ],
+            group,
+        )
+        ctx.mark_non_differentiable(headers)
+        return (*wholes, headers)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return (None, None, None, *_ToTokens.apply(ctx.lanes, ctx.group, *grads[:-1]))  # type: ignore[misc]
+
+
+class _ToTokens(torch.autograd.Function):
+    """forward   my tokens of all heads = Sᵀ (whole tensors of my heads)
+    backward  d whole tensors = S (d tensors), which is _ToHeads without a header
+    """
+
+    @staticmethod
+    def forward(ctx: Any, lanes: tuple[Lane, ...], group: dist.ProcessGroup, *wholes: Tensor) -> tuple[Tensor, ...]:
+        ctx.lanes, ctx.group = lanes, group
+        rank, ranks = group.rank(), range(group.size())
+        tensors = tuple(
+            x.new_empty(*lane.sharding.local_shape(rank), lane.heads.total, x.shape[3])
+            for x, lane in zip(wholes, lanes, strict=True)
+        )
+        trade(
+            [[lane.of_tokens(x, to) for x, lane in zip(wholes, lanes, strict=True)] for to in ranks],
+            [[lane.of_heads(x, source) for x, lane in zip(tensors, lanes, strict=True)] for source in ranks],
+            group,
+        )
+        return tensors
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        no_header = grads[0].new_empty(0)
+        return (None, None, *_ToHeads.apply(ctx.lanes, ctx.group, no_header, *grads)[:-1])  # type: ignore[index]
+
+
 def spread(
     tensors: Sequence[Tensor], lanes: Sequence[Lane], group: dist.ProcessGroup, header: Tensor
 ) -> tuple[list[Tensor], Tensor]:
@@ -91,47 +159,30 @@ def spread(
         header: flat, of the tensors' dtype, the same to every rank; may be empty.
 
     Returns:
-        (B, L, heads of this rank, H) of each lane, and the headers of all ranks, end to end. Nothing is checked.
+        (B, L, heads of this rank, H) of each lane, and the headers of all ranks, (ranks, length). Nothing is checked.
     """
-    rank, ranks = group.rank(), range(group.size())
-    split = [x.split(lane.heads.sizes, dim=2) for x, lane in zip(tensors, lanes, strict=True)]
-    sent = [[header, *(parts[to].flatten() for parts in split)] for to in ranks]
-    shapes = [
-        (*lane.sharding.local_shape(source), lane.heads.sizes[rank], x.shape[3])
-        for source in ranks
-        for x, lane in zip(tensors, lanes, strict=True)
-    ]
-    sizes = [prod(shape) for shape in shapes]
-    per_rank = [[header.numel(), *sizes[i : i + len(lanes)]] for i in range(0, len(sizes), len(lanes))]
-    received = trade(sent, per_rank, group)
-    parts = [part.view(shape) for part, shape in zip((p for got in received for p in got[1:]), shapes, strict=True)]
-    whole = [lane.sharding.unshard(parts[i :: len(lanes)]) for i, lane in enumerate(lanes)]
-    return whole, torch.cat([got[0] for got in received])
+    *wholes, headers = _ToHeads.apply(tuple(lanes), group, header, *tensors)  # type: ignore[misc]
+    return wholes, headers
 
 
 def collect(x_BLnH: Tensor, lane: Lane, group: dist.ProcessGroup) -> Tensor:
     """:func:`tokens_from_heads`. Nothing is checked."""
-    rank, ranks = group.rank(), range(group.size())
-    sent = [[lane.sharding.shard(x_BLnH, to).flatten()] for to in ranks]
-    shapes = [(*lane.sharding.local_shape(rank), lane.heads.sizes[source], x_BLnH.shape[3]) for source in ranks]
-    received = trade(sent, [[prod(shape)] for shape in shapes], group)
-    return torch.cat([part.view(shape) for (part,), shape in zip(received, shapes, strict=True)], dim=2)
+    return _ToTokens.apply((lane,), group, x_BLnH)[0]  # type: ignore[index]
 
 
-def trade(
-    sent: Sequence[Sequence[Tensor]], sizes: Sequence[Sequence[int]], group: dist.ProcessGroup
-) -> list[tuple[Tensor, ...]]:
-    """Send some flat tensors to each rank, receive flat tensors of these ``sizes`` from each. One collective."""
-    # In two dimensions: the gradient of a cat of (0,) pieces is fresh zeros, behind which compiled code, and a
-    # gradient of a gradient, would drop this rank's part of the exchange.
-    buffer = exchange_rows(
-        torch.cat([x.unsqueeze(1) for to_one in sent for x in to_one]),
-        [sum(x.numel() for x in to_one) for to_one in sent],
-        [sum(from_one) for from_one in sizes],
-        group,
-    ).squeeze(1)
-    from_each = buffer.split([sum(from_one) for from_one in sizes])
-    return [part.split(list(from_one)) for part, from_one in zip(from_each, sizes, strict=True)]
+def trade(sent: Sequence[Sequence[Tensor]], received: Sequence[Sequence[Tensor]], group: dist.ProcessGroup) -> None:
+    """Send some tensors to each rank, and copy what comes from each into tensors of the shapes sent there.
+
+    One collective, and one copy on each side of it.
+    """
+    sizes_sent = [[x.numel() for x in to_one] for to_one in sent]
+    sizes_received = [[x.numel() for x in from_one] for from_one in received]
+    buffer = sent[0][0].new_empty(sum(map(sum, sizes_sent)))
+    for part, x in zip(buffer.split(list(chain(*sizes_sent))), chain(*sent), strict=True):
+        part.view(x.shape).copy_(x)
+    arrived = move_rows(buffer, list(map(sum, sizes_sent)), list(map(sum, sizes_received)), group)
+    for part, x in zip(arrived.split(list(chain(*sizes_received))), chain(*received), strict=True):
+        x.copy_(part.view(x.shape))
 
 
 def check_lane(sharding: TokenSharding, heads: Partition, group: dist.ProcessGroup) -> None:

@@ -507,8 +507,8 @@ def test_three_exchanges_forward_and_two_backward(case: Case, rank_pool: RankPoo
 def test_a_recomputation_takes_the_plan_of_its_forward(case: Case, restless: bool, rank_pool: RankPool) -> None:
     plain = rank_pool.run(traced, case.ranks, case, plainly)
     again = rank_pool.run(traced, case.ranks, case, recomputed, restless)
-    # Without shared experts nothing after the experts has to be recomputed, so their rows are not brought back.
-    exchanges = 4 if case.shared else 3
+    # Nothing after the experts has to be recomputed (the shared ones come before), so no rows are brought back.
+    exchanges = 3
     for one, other in zip(plain, again, strict=True):
         assert_equal_outcomes(other.outcome, one.outcome, 0.0)
         assert other.forward == ["routing", "rows", "rows"]

@@ -17,7 +17,7 @@ LIBRARY = {  # what a user imports to train; the rest is for tests and for `vali
     for name in MODULES
     if "/" not in name and name not in ("__main__.py", "cli.py", "testing.py", "pytest_plugin.py", "reference.py")
 }
-MAIN_JOB = {name for name in MODULES if name.startswith("validation/")}  # the one place that imports both packages
+MAIN_JOB = {name for name in MODULES if name.startswith(("validation/", "bench/"))}  # these import both packages
 # Arithmetic of this kind is index arithmetic; elsewhere it needs a reason to be here.
 INDEX_ARITHMETIC = {
     "sharding.py": "which rank holds which token",
@@ -25,6 +25,9 @@ INDEX_ARITHMETIC = {
     "row_index.py": "the plan's running sums",
     "metadata.py": "the plan; a status word of two bytes",
     "routing.py": "bytes of a message",
+    "grid.py": "steps of all messages",
+    "payload.py": "words of a row",
+    "row_sums.py": "three parts of each weight",
     "router.py": "how many experts a group has",
     "experts.py": "rows of 16 bytes, and where each expert's rows end",
     "mesh.py": "sizes that divide the ranks",
@@ -161,8 +164,9 @@ def test_index_arithmetic_knows_no_process_groups_and_no_floats(name: str) -> No
 
 
 def test_only_exchange_calls_the_all_to_all_and_only_once() -> None:
+    rivals = {"bench/floor.py", "bench/textbook.py"}  # what the exchange is timed against
     used = {name: attributes(source).count("all_to_all_single") for name, source in MODULES.items()}
-    assert {name: count for name, count in used.items() if count} == {"exchange.py": 1}
+    assert {name: count for name, count in used.items() if count and name not in rivals} == {"exchange.py": 1}
     assert not [name for name, source in MODULES.items() if "all_to_all" in attributes(source)]
 
 
@@ -182,7 +186,9 @@ def test_moving_rows_needs_no_arithmetic_on_indices() -> None:
         assert index_arithmetic(MODULES[name]) == set()
 
 
-@pytest.mark.parametrize("name", ["dispatch.py", "exchange.py", "balance.py", "placement.py", "moe.py", "router.py"])
+@pytest.mark.parametrize(
+    "name", ["dispatch.py", "exchange.py", "balance.py", "placement.py", "moe.py", "router.py"]
+)
 def test_what_runs_in_every_layer_does_not_wait_for_the_device(name: str) -> None:
     assert set(calls(MODULES[name])) & HOST_SYNCS == set()
 
@@ -193,14 +199,16 @@ def test_the_exchange_knows_nothing_of_what_it_moves() -> None:
     assert "expert" not in MODULES["exchange.py"].lower()
 
 
-def test_autograd_functions_are_the_exchange_and_its_two_users() -> None:
+def test_autograd_functions_are_the_exchange_and_those_that_move_rows_by_a_plan() -> None:
     found = {
         (name, node.name)
         for name in LIBRARY
         for node in ast.walk(ast.parse(MODULES[name]))
         if isinstance(node, ast.ClassDef) and any("Function" in ast.unparse(base) for base in node.bases)
     }
-    assert found == {("exchange.py", "_ExchangeRows"), ("dispatch.py", "_Dispatch"), ("dispatch.py", "_Combine")}
+    halves = {"_StartDispatch", "_FinishDispatch", "_StartCombine", "_StartWeightedCombine", "_FinishCombine"}
+    one_step = {("exchange.py", "_ExchangeRows"), *(("dispatch.py", half) for half in halves)}
+    assert found == one_step
 
 
 # ---- imports ---------------------------------------------------------------------------------------
@@ -211,7 +219,7 @@ def test_the_library_imports_neither_the_main_job_nor_the_second_package() -> No
     for name in LIBRARY:
         names = imports(MODULES[name])
         roots = {part.lstrip(".").split(".")[0] for part in names}
-        assert roots & (optional | {"validation", "cli", "testing", "reference"}) == set(), name
+        assert roots & (optional | {"validation", "planning", "bench", "cli", "testing", "reference"}) == set(), name
     for name in MODULES.keys() - MAIN_JOB:
         assert not [part for part in imports(MODULES[name]) if part.split(".")[0] == "sp_attention"], name
 

@@ -72,13 +72,14 @@ def kv_heads(case: Case, rank: int) -> int:
 
 
 def planned(case: Case, rank: int, element_bytes: int) -> list[Sent]:
-    """Both exchanges forward, then both backward, from the definition: who needs what of whom."""
+    """Both exchanges forward, then both backward, from the definition: who needs what of whom. Only the first has a
+    header."""
     width, v_width = case.widths
 
     def spread(source: int, to: int) -> int:
         queries = case.seq[source] * case.head_sizes[to] * width
         keys_and_values = case.kv_seq[source] * kv_heads(case, to) * (width + v_width)
-        return HEADER_BYTES + case.batch * (queries + keys_and_values) * element_bytes
+        return case.batch * (queries + keys_and_values) * element_bytes
 
     def collect(source: int, to: int) -> int:
         return case.batch * case.seq[to] * case.head_sizes[source] * v_width * element_bytes
@@ -87,7 +88,10 @@ def planned(case: Case, rank: int, element_bytes: int) -> list[Sent]:
     for crossing in (spread, collect):
         pairs = [(crossing(rank, other), crossing(other, rank)) for other in range(case.ranks)]
         forward.append(Sent(tuple(to for to, _ in pairs), tuple(back for _, back in pairs)))
-    return [*forward, *(Sent(sent.back, sent.to) for sent in reversed(forward))]
+    backward = [Sent(sent.back, sent.to) for sent in reversed(forward)]
+    to, back = forward[0].to, forward[0].back
+    forward[0] = Sent(tuple(size + HEADER_BYTES for size in to), tuple(size + HEADER_BYTES for size in back))
+    return [*forward, *backward]
 
 
 def sent_and_planned(rank: int, case: Case, dtype: torch.dtype) -> tuple[list[Sent], list[Sent]]:

@@ -1,0 +1,123 @@
+"""Dispatch and combine in the background: the same rows, and what runs between start and finish runs meanwhile."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moe_dispatch import (
+    DispatchMetadata,
+    Partition,
+    TokenSharding,
+    combine,
+    dispatch,
+    plan_dispatch,
+    start_combine,
+    start_dispatch,
+)
+from moe_dispatch.testing import RankPool
+
+RANKS = 3
+DIM = 4
+
+
+class _Noted(torch.autograd.Function):
+    """The identity; says when it runs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, events: list[str], name: str) -> Tensor:
+        ctx.events, ctx.name = events, name
+        events.append(name)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        ctx.events.append(f"backward of {ctx.name}")
+        return grads[0], None, None
+
+
+@contextmanager
+def noted_exchanges(events: list[str]) -> Iterator[None]:
+    """Says when an exchange of rows starts and when it is waited for."""
+    module: Any = import_module("moe_dispatch.dispatch")  # the package has a function of that name
+    start_exchange = module.start_exchange
+
+    class Watched:
+        def __init__(self, transfer: Any) -> None:
+            self.transfer = transfer
+
+        def wait(self) -> Tensor:
+            events.append("wait")
+            return self.transfer.wait()
+
+    def start(*args: Any) -> Any:
+        events.append("start")
+        return Watched(start_exchange(*args))
+
+    module.start_exchange = start
+    try:
+        yield
+    finally:
+        module.start_exchange = start_exchange
+
+
+def made(rank: int) -> tuple[Tensor, Tensor, DispatchMetadata]:
+    world: Any = dist.group.WORLD
+    sharding = TokenSharding(batch=2, seq=Partition((3, 0, 2)))
+    shape = sharding.local_shape(rank)
+    generator = torch.Generator().manual_seed(rank)
+    x_BlD = torch.randn(*shape, DIM, generator=generator, dtype=torch.float64).requires_grad_()
+    weight_BlK = torch.rand(*shape, 2, generator=generator, dtype=torch.float64).requires_grad_()
+    expert_BlK = torch.randint(-1, 5, (*shape, 2), generator=generator)
+    plan = plan_dispatch(expert_BlK, dim=DIM, sharding=sharding, experts=Partition((2, 1, 2)), group=world)
+    return x_BlD, weight_BlK, plan
+
+
+def in_background(rank: int, weighted: bool) -> tuple[list[str], list[str], bool]:
+    """Events of forward, events of backward, and whether results and gradients equal those of the plain calls."""
+    events: list[str] = []
+    x_BlD, weight_BlK, plan = made(rank)
+    with noted_exchanges(events):
+        rows = start_dispatch(x_BlD, weight_BlK, plan)
+        shared_BlD: Tensor = _Noted.apply(x_BlD, events, "shared")  # type: ignore[assignment]
+        x_MD, weight_M = rows.finish()
+        back = start_combine(x_MD * x_MD, plan, weight_M) if weighted else start_combine(x_MD * x_MD, plan)
+        more_BlD: Tensor = _Noted.apply(x_BlD, events, "more")  # type: ignore[assignment]
+        out_BlD = back.finish() + shared_BlD + more_BlD
+        forward = events.copy()
+        events.clear()
+        out_BlD.sin().sum().backward()
+    x2_BlD, weight2_BlK, plan = made(rank)
+    x_MD, weight_M = dispatch(x2_BlD, weight2_BlK, plan)
+    y_BlD = combine(x_MD * x_MD, plan, weight_M) if weighted else combine(x_MD * x_MD, plan)
+    out2_BlD = y_BlD + x2_BlD + x2_BlD
+    out2_BlD.sin().sum().backward()
+    pairs = ((out_BlD, out2_BlD), (x_BlD.grad, x2_BlD.grad), (weight_BlK.grad, weight2_BlK.grad))
+    return forward, events, all(a is not None and b is not None and (a - b).abs().sum() < 1e-12 for a, b in pairs)
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+def test_what_runs_meanwhile_overlaps_forward_and_backward(rank_pool: RankPool, weighted: bool) -> None:
+    for forward, backward, equal in rank_pool.run(in_background, RANKS, weighted):
+        assert forward == ["start", "shared", "wait", "start", "more", "wait"]
+        assert backward == ["start", "backward of more", "wait", "start", "backward of shared", "wait"]
+        assert equal
+
+
+def backward_twice(rank: int) -> bool:
+    """The graph can be kept and run again: the exchanges of the second backward are its own."""
+    x_BlD, weight_BlK, plan = made(rank)
+    x_MD, weight_M = dispatch(x_BlD, weight_BlK, plan)
+    loss = combine(x_MD * x_MD, plan, weight_M).sum()
+    first = torch.autograd.grad(loss, (x_BlD, weight_BlK), retain_graph=True)
+    second = torch.autograd.grad(loss, (x_BlD, weight_BlK))
+    return all(map(torch.equal, first, second))
+
+
+def test_backward_of_a_kept_graph_runs_again(rank_pool: RankPool) -> None:
+    assert rank_pool.run(backward_twice, RANKS) == [True] * RANKS
