@@ -5,6 +5,8 @@ from .balance import sequence_balance_loss
 from .dispatch import PendingCombine, PendingDispatch, combine, dispatch, start_combine, start_dispatch
 from .exchange import check_group, exchange_rows, move_rows
 from .experts import GroupedExperts, SwiGLU
+from .hierarchy import combine_hierarchical, dispatch_hierarchical
+from .hierarchy_plan import HierarchicalPlan, NodeGroups, plan_hierarchical
 from .mesh import ParallelMesh, build_mesh
 from .metadata import DispatchMetadata, plan_dispatch
 from .moe import MoE
@@ -17,7 +19,9 @@ __all__ = [
     "BAD",
     "DispatchMetadata",
     "GroupedExperts",
+    "HierarchicalPlan",
     "MoE",
+    "NodeGroups",
     "ParallelMesh",
     "Partition",
     "PendingCombine",
@@ -29,13 +33,16 @@ __all__ = [
     "build_mesh",
     "check_group",
     "combine",
+    "combine_hierarchical",
     "digest",
     "dispatch",
+    "dispatch_hierarchical",
     "exchange_rows",
     "gather_tokens",
     "move_rows",
     "place_tokens",
     "plan_dispatch",
+    "plan_hierarchical",
     "raise_on_every_rank",
     "sequence_balance_loss",
     "start_combine",

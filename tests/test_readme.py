@@ -11,8 +11,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 
-from moe_dispatch import GroupedExperts, Partition, TokenSharding
+from moe_dispatch import GroupedExperts, Partition, TokenSharding, cli
 from moe_dispatch.reference import ReferenceMoE
 from moe_dispatch.testing import RankPool
 
@@ -62,6 +63,29 @@ def compare_block_and_functions(rank: int) -> None:
 
 def test_the_block_and_the_bare_functions_equal_the_reference(rank_pool: RankPool) -> None:
     rank_pool.run(compare_block_and_functions, 3)
+
+
+def compare_one_step_and_two(rank: int) -> None:
+    names, group = names_of(BLOCKS), dist.group.WORLD
+    assert group is not None
+    mesh, experts = init_device_mesh("cpu", (2, 2)), Partition((2, 1, 0, 3))
+    sharding = TokenSharding(batch=2, seq=Partition((3, 0, 1, 2)))
+    block = names["Block"](8, experts, group).double()  # the same seed on every rank
+    x_BlD = torch.randn(*sharding.local_shape(rank), 8, dtype=torch.float64)
+    layer = block.moe.router, block.moe.experts, sharding, experts
+    wanted_BlD = names["moe"](x_BlD, *layer, group)
+    torch.testing.assert_close(names["moe_over_nodes"](x_BlD, *layer, mesh), wanted_BlD, rtol=0, atol=1e-12)
+
+
+def test_two_steps_equal_one(rank_pool: RankPool) -> None:
+    rank_pool.run(compare_one_step_and_two, 4)
+
+
+def test_the_readme_shows_the_plan_as_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan"]) == 0
+    printed = "\n".join(line.strip() for line in capsys.readouterr().out.splitlines())
+    shown = next(block for block in README.split("```")[1::2] if "row per node" in block)
+    assert "\n".join(line.strip() for line in shown.strip().splitlines()) in printed
 
 
 def test_the_readme_prints_what_it_shows(tmp_path: Path) -> None:

@@ -180,14 +180,14 @@ def test_index_arithmetic_stays_in_its_rooms() -> None:
 
 
 def test_moving_rows_needs_no_arithmetic_on_indices() -> None:
-    for name in ("dispatch.py", "placement.py"):
+    for name in ("dispatch.py", "hierarchy.py", "placement.py"):
         words = set(calls(MODULES[name]))
         assert words & {"arange", "argsort", "sort", "cumsum", "bincount", "bucketize", "nonzero"} == set()
         assert index_arithmetic(MODULES[name]) == set()
 
 
 @pytest.mark.parametrize(
-    "name", ["dispatch.py", "exchange.py", "balance.py", "placement.py", "moe.py", "router.py"]
+    "name", ["dispatch.py", "hierarchy.py", "exchange.py", "balance.py", "placement.py", "moe.py", "router.py"]
 )
 def test_what_runs_in_every_layer_does_not_wait_for_the_device(name: str) -> None:
     assert set(calls(MODULES[name])) & HOST_SYNCS == set()
@@ -208,7 +208,7 @@ def test_autograd_functions_are_the_exchange_and_those_that_move_rows_by_a_plan(
     }
     halves = {"_StartDispatch", "_FinishDispatch", "_StartCombine", "_StartWeightedCombine", "_FinishCombine"}
     one_step = {("exchange.py", "_ExchangeRows"), *(("dispatch.py", half) for half in halves)}
-    assert found == one_step
+    assert found == one_step | {("hierarchy.py", "_ToNodes"), ("hierarchy.py", "_FromNodes")}
 
 
 # ---- imports ---------------------------------------------------------------------------------------

@@ -71,8 +71,8 @@ def prepare(arguments: argparse.Namespace) -> Job:
     return Job(config=config, rows=rows, text=text, ranks=ranks)
 
 
-def find_config(name: str) -> Path:
-    """The file as given, else the packaged one of that name.
+def find_config(name: str, *, of_bench: bool = False) -> Path:
+    """The file as given, else the packaged one of that name, of `validate` or of `bench`.
 
     ``tiny``, ``tiny.toml`` and ``configs/tiny.toml`` name the same packaged one.
 
@@ -82,7 +82,8 @@ def find_config(name: str) -> Path:
     given = Path(name)
     if given.is_file():
         return given
-    packaged = {path.stem: path for folder in reversed(CONFIG_FOLDERS) for path in sorted(folder.glob("*.toml"))}
+    files = [path for folder in reversed(CONFIG_FOLDERS) for path in sorted(folder.glob("*.toml"))]
+    packaged = {path.stem: path for path in files if path.stem.startswith("bench") == of_bench}
     if given.parent in (Path(), Path("configs")) and given.suffix in ("", ".toml") and given.stem in packaged:
         return packaged[given.stem]
     fact = "is a directory" if given.is_dir() else "does not exist"

@@ -1,0 +1,1 @@
+"""Scaling on paper: what a layer sends over which links, for a model and a cluster. Used by ``plan`` alone."""
