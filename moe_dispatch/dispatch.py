@@ -40,7 +40,10 @@ class Flight:
 
     def land(self) -> Tensor:
         """The rows that came; nothing of them stays here."""
-        assert self._transfer is not None  # it departed
+        if self._transfer is None:
+            raise RuntimeError(
+                "these rows were taken already: finish() was called twice; call it once, and keep what it returns"
+            )
         transfer, self._transfer = self._transfer, None
         return transfer.wait()
 
@@ -54,22 +57,20 @@ class _StartDispatch(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x_tD: Tensor, weight_tK: Tensor, flight: Flight) -> Tensor:
-        ctx.flight, ctx.payload = flight, Payload(x_tD, weight_tK)
-        buffer_SC = ctx.payload.empty(len(flight.plan.token_of_sent_S), x_tD.device)
-        ctx.payload.gather(buffer_SC, flight.plan.token_of_sent_S, x_tD, weight_tK)
-        flight.depart(buffer_SC)
+    def forward(ctx: Any, x_tD: Tensor, weight_tK: Tensor, flight: Flight, payload: Payload) -> Tensor:
+        ctx.flight, ctx.payload = flight, payload
+        flight.depart(payload.gather(flight.plan.token_of_sent_S, x_tD, weight_tK))
         return x_tD.new_zeros(())
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         buffer_SC, plan = ctx.flight.land(), ctx.flight.plan
         grad_x_tD, grad_weight_tK = (
             ctx.payload.sum_part(buffer_SC, part, plan.sent_of_entry_S, plan.first_entry_t) if needed else None
             for part, needed in enumerate(ctx.needs_input_grad[:2])
         )
-        return grad_x_tD, grad_weight_tK, None
+        return grad_x_tD, grad_weight_tK, None, None
 
 
 class _FinishDispatch(torch.autograd.Function):
@@ -93,9 +94,7 @@ class _FinishDispatch(torch.autograd.Function):
         grad_x_RD = sum_rows(grad_x_MD, plan.row_of_entry_M, plan.first_entry_R)
         grad_weight_RK = grad_weight_M.new_zeros(len(grad_x_RD), plan.expert_BlK.shape[2])
         grad_weight_RK[plan.received_of_row_M, plan.choice_of_row_M] = grad_weight_M
-        buffer_RC = ctx.payload.empty(len(grad_x_RD), grad_x_MD.device)
-        ctx.payload.write(buffer_RC, grad_x_RD, grad_weight_RK)
-        ctx.flight.depart_home(buffer_RC)
+        ctx.flight.depart_home(ctx.payload.pack(grad_x_RD, grad_weight_RK))
         return grad_x_MD.new_zeros(()), None, None
 
 
@@ -223,20 +222,11 @@ def start_dispatch(x_BlD: Tensor, weight_BlK: Tensor, metadata: DispatchMetadata
 
     Args, Raises: as :func:`dispatch`.
     """
-    if tuple(x_BlD.shape) != metadata.local_shape or not x_BlD.is_floating_point():
-        raise ValueError(
-            f"rank {metadata.rank}: x is {tuple(x_BlD.shape)} of {x_BlD.dtype}, but the plan was made for "
-            f"{metadata.local_shape}; pass the floating-point tokens that the plan's expert ids belong to"
-        )
-    if weight_BlK.shape != metadata.expert_BlK.shape or not weight_BlK.is_floating_point():
-        raise ValueError(
-            f"rank {metadata.rank}: weights are {tuple(weight_BlK.shape)} of {weight_BlK.dtype}, but the plan was "
-            f"made from ids of shape {tuple(metadata.expert_BlK.shape)}; each choice needs one floating-point weight"
-        )
+    check_tokens(x_BlD, weight_BlK, metadata, metadata.rank)
     x_tD, weight_tK = x_BlD.flatten(0, 1), weight_BlK.flatten(0, 1)
-    flight = Flight(metadata)
-    link: Tensor = _StartDispatch.apply(x_tD, weight_tK, flight)  # type: ignore[assignment]
-    return PendingDispatch(link, flight, Payload(x_tD, weight_tK))
+    flight, payload = Flight(metadata), Payload(x_tD, weight_tK)
+    link: Tensor = _StartDispatch.apply(x_tD, weight_tK, flight, payload)  # type: ignore[assignment]
+    return PendingDispatch(link, flight, payload)
 
 
 def combine(y_MD: Tensor, metadata: DispatchMetadata, weight_M: Tensor | None = None) -> Tensor:
@@ -280,3 +270,17 @@ def start_combine(y_MD: Tensor, metadata: DispatchMetadata, weight_M: Tensor | N
             "the weight_M of dispatch"
         )
     return PendingCombine(_StartWeightedCombine.apply(y_MD, weight_M, flight), flight)  # type: ignore[arg-type]
+
+
+def check_tokens(x_BlD: Tensor, weight_BlK: Tensor, metadata: DispatchMetadata, rank: int) -> None:
+    """ValueError unless tokens and weights are those that the plan was made for. ``rank``: as it is told."""
+    if tuple(x_BlD.shape) != metadata.local_shape or not x_BlD.is_floating_point():
+        raise ValueError(
+            f"rank {rank}: x is {tuple(x_BlD.shape)} of {x_BlD.dtype}, but the plan was made for "
+            f"{metadata.local_shape}; pass the floating-point tokens that the plan's expert ids belong to"
+        )
+    if weight_BlK.shape != metadata.expert_BlK.shape or not weight_BlK.is_floating_point():
+        raise ValueError(
+            f"rank {rank}: weights are {tuple(weight_BlK.shape)} of {weight_BlK.dtype}, but the plan was "
+            f"made from ids of shape {tuple(metadata.expert_BlK.shape)}; each choice needs one floating-point weight"
+        )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .dispatch import combine, dispatch
+from .dispatch import check_tokens, combine, dispatch
 from .exchange import move_rows
 from .hierarchy_plan import HierarchicalPlan
 from .metadata import DispatchMetadata
@@ -27,8 +27,7 @@ class _ToNodes(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_tD: Tensor, weight_tK: Tensor, between: DispatchMetadata) -> tuple[Tensor, Tensor]:
         ctx.plan, ctx.payload = between, Payload(x_tD, weight_tK)
-        buffer_SC = ctx.payload.empty(sum(between.rows_sent), x_tD.device)
-        ctx.payload.gather(buffer_SC, between.token_of_sent_S, x_tD, weight_tK)
+        buffer_SC = ctx.payload.gather(between.token_of_sent_S, x_tD, weight_tK)
         buffer_RC = move_rows(buffer_SC, between.rows_sent, between.rows_received, between.group)
         x_RD, weight_RK = ctx.payload.read(buffer_RC)
         return x_RD, weight_RK
@@ -37,9 +36,7 @@ class _ToNodes(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         between: DispatchMetadata = ctx.plan
-        buffer_RC = ctx.payload.empty(sum(between.rows_received), grads[0].device)
-        ctx.payload.write(buffer_RC, *grads)
-        buffer_SC = move_rows(buffer_RC, between.rows_received, between.rows_sent, between.group)
+        buffer_SC = move_rows(ctx.payload.pack(*grads), between.rows_received, between.rows_sent, between.group)
         grad_x_tD, grad_weight_tK = (
             ctx.payload.sum_part(buffer_SC, part, between.sent_of_entry_S, between.first_entry_t) for part in range(2)
         )
@@ -86,16 +83,7 @@ def dispatch_hierarchical(x_BlD: Tensor, weight_BlK: Tensor, plan: HierarchicalP
         ValueError: a shape or dtype that does not fit the plan; on this rank only, as in :func:`dispatch`.
     """
     between = plan.between
-    if tuple(x_BlD.shape) != between.local_shape or not x_BlD.is_floating_point():
-        raise ValueError(
-            f"rank {plan.nodes.rank}: x is {tuple(x_BlD.shape)} of {x_BlD.dtype}, but the plan was made for "
-            f"{between.local_shape}; pass the floating-point tokens that the plan's expert ids belong to"
-        )
-    if weight_BlK.shape != between.expert_BlK.shape or not weight_BlK.is_floating_point():
-        raise ValueError(
-            f"rank {plan.nodes.rank}: weights are {tuple(weight_BlK.shape)} of {weight_BlK.dtype}, but the plan was "
-            f"made from ids of shape {tuple(between.expert_BlK.shape)}; each choice needs one floating-point weight"
-        )
+    check_tokens(x_BlD, weight_BlK, between, plan.nodes.rank)
     x_RD, weight_RK = _ToNodes.apply(x_BlD.flatten(0, 1), weight_BlK.flatten(0, 1), between)  # type: ignore[misc]
     return dispatch(x_RD.unsqueeze(0), weight_RK.unsqueeze(0), plan.within)
 

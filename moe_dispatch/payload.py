@@ -19,20 +19,19 @@ class Payload:
         self._word = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[size]
         self._widths = [rows.shape[1] * rows.itemsize // size for rows in like]
 
-    def empty(self, num_rows: int, device: torch.device) -> Tensor:
-        """(num_rows, bytes of a row), not initialised."""
-        row_bytes = sum(self._widths) * self._word.itemsize
-        return torch.empty(num_rows, row_bytes, dtype=torch.uint8, device=device)
-
-    def write(self, buffer_NC: Tensor, *row_tensors_N: Tensor) -> None:
-        """Copy rows into the buffer, side by side."""
+    def pack(self, *row_tensors_N: Tensor) -> Tensor:
+        """(N, bytes of a row): the rows side by side."""
+        buffer_NC = self._empty(len(row_tensors_N[0]), row_tensors_N[0].device)
         for part, rows in zip(self._split(buffer_NC), row_tensors_N, strict=True):
             part.copy_(self._as_words(rows))
+        return buffer_NC
 
-    def gather(self, buffer_NC: Tensor, row_of_N: Tensor, *row_tensors: Tensor) -> None:
-        """:meth:`write` of rows ``row_of_N`` of the tensors, in one pass."""
+    def gather(self, row_of_N: Tensor, *row_tensors: Tensor) -> Tensor:
+        """:meth:`pack` of rows ``row_of_N`` of the tensors, in one pass."""
+        buffer_NC = self._empty(len(row_of_N), row_of_N.device)
         for part, rows in zip(self._split(buffer_NC), row_tensors, strict=True):
             torch.index_select(self._as_words(rows), 0, row_of_N, out=part)
+        return buffer_NC
 
     def read(self, buffer_NC: Tensor) -> list[Tensor]:
         """The parts, each in its dtype; a view where that is as wide as a word."""
@@ -48,14 +47,19 @@ class Payload:
         ``embedding_bag`` copies rows that are not dense. So where words are as wide as the part's dtype, whole rows
         are summed: the other parts, nonsense as numbers of that dtype, stay in their columns, and are cut off.
         """
-        dtype, width = self._dtypes[part], self._widths[part]
-        if dtype.itemsize != self._word.itemsize or width < sum(self._widths) // 2:
+        dtype = self._dtypes[part]
+        most_of_the_row = 2 * self._widths[part] >= sum(self._widths)
+        if dtype.itemsize != self._word.itemsize or not most_of_the_row:
             return sum_rows(self.read_part(buffer_SC, part), row_of_entry, first_entry)
         return sum_rows(buffer_SC.view(dtype), row_of_entry, first_entry).split(self._widths, dim=1)[part]
 
     def read_rows(self, buffer_NC: Tensor, part: int, row_of_M: Tensor) -> Tensor:
         """Rows ``row_of_M`` of one part, in one pass."""
         return self._split(buffer_NC)[part].index_select(0, row_of_M).view(self._dtypes[part])
+
+    def _empty(self, num_rows: int, device: torch.device) -> Tensor:
+        row_bytes = sum(self._widths) * self._word.itemsize
+        return torch.empty(num_rows, row_bytes, dtype=torch.uint8, device=device)
 
     def _split(self, buffer_NC: Tensor) -> tuple[Tensor, ...]:
         return buffer_NC.view(self._word).split(self._widths, dim=1)

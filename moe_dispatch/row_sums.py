@@ -24,7 +24,7 @@ def sum_weighted_rows(rows_ND: Tensor, weight_N: Tensor, row_of_entry: Tensor, f
     rows.
 
     Low-precision rows want weights of their own dtype: a bfloat16 row is taken with three bfloat16 parts of its
-    weight, whose sum is the float32 weight and whose products are exact.
+    weight, whose sum is the float32 weight and whose products are exact. There an Inf in a row or a weight gives NaN.
     """
     if rows_ND.dtype == torch.bfloat16:
         parts_NP = _bfloat16_parts(weight_N.to(torch.float32))

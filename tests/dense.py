@@ -4,7 +4,7 @@ Shares no code with the library. Grids are cut by slicing, so that no index form
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from itertools import cycle, product
 from typing import Literal
@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 Order = Literal["BL", "LB"]
+# Measured: 8e-15 at most over the cases; values and gradients are of order 1 to 10.
+TOLERANCE = 1e-12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,3 +254,21 @@ def crossings(layout: Layout, experts: tuple[int, ...], expert_BLK: Tensor) -> l
         pairs = {(t, rank_of[e]) for t, expert_K in enumerate(expert_tK) for e in expert_K if e >= 0}
         counts.append([sum(to == rank for _, to in pairs) for rank in range(len(experts))])
     return counts
+
+
+def through_experts(x_MD: Tensor, w_eDF: Tensor, rows_per_expert: list[int]) -> Tensor:
+    """Rows of each expert through its matrix; without any row still in the graph."""
+    none_0F = x_MD[:0] @ w_eDF.new_zeros(w_eDF.shape[1:])
+    pieces = x_MD.split(rows_per_expert)
+    return torch.cat([none_0F, *(torch.tanh(x_mD @ w_DF) for x_mD, w_DF in zip(pieces, w_eDF, strict=True))])
+
+
+def differences(got: Answer, wanted: Answer) -> list[str]:
+    found = []
+    for field in fields(Answer):
+        a, b = getattr(got, field.name), getattr(wanted, field.name)
+        if a.shape != b.shape or a.dtype != b.dtype:
+            found.append(f"{field.name} is {tuple(a.shape)} of {a.dtype}, not {tuple(b.shape)} of {b.dtype}")
+        elif not (error := (a - b).abs().max().item() if a.numel() else 0.0) <= TOLERANCE:
+            found.append(f"{field.name} is off by {error:.2e}")
+    return found

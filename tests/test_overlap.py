@@ -121,3 +121,23 @@ def backward_twice(rank: int) -> bool:
 
 def test_backward_of_a_kept_graph_runs_again(rank_pool: RankPool) -> None:
     assert rank_pool.run(backward_twice, RANKS) == [True] * RANKS
+
+
+def finished_twice(rank: int) -> list[str]:
+    """What a second ``finish()`` says, on every rank and before any collective."""
+    x_BlD, weight_BlK, plan = made(rank)
+    rows = start_dispatch(x_BlD, weight_BlK, plan)
+    x_MD, _ = rows.finish()
+    back = start_combine(x_MD, plan)
+    back.finish()
+    said = []
+    for pending in (rows, back):
+        with pytest.raises(RuntimeError) as error:
+            pending.finish()
+        said.append(str(error.value))
+    return said
+
+
+def test_rows_are_taken_once(rank_pool: RankPool) -> None:
+    text = "these rows were taken already: finish() was called twice; call it once, and keep what it returns"
+    assert rank_pool.run(finished_twice, RANKS) == [[text] * 2] * RANKS

@@ -39,14 +39,12 @@ class Traffic:
     """The collectives of one layer. The last three are in the order in which they run.
 
     Attributes:
-        scheme: its name.
         plan: bytes of each leg of the plan.
         ways: rows of each leg of the dispatch; combine and backward go the same ways, forth and home.
         there, home: bytes of a row of dispatch, and of combine.
         rows_P: rows of each rank's experts.
     """
 
-    scheme: str
     plan: tuple[Tensor, ...]
     ways: tuple[Tensor, ...]
     there: int
@@ -72,7 +70,6 @@ def row_per_choice(demand: Demand, widths: Widths) -> Traffic:
     sizes_P = torch.tensor(demand.experts.sizes)
     counts_PP = (COUNT_BYTES * sizes_P).expand(len(sizes_P), -1)
     return Traffic(
-        scheme="row per choice",
         plan=(counts_PP,),
         ways=(demand.choices_PP,),
         there=widths.row,
@@ -87,7 +84,6 @@ def row_per_rank(demand: Demand, widths: Widths) -> Traffic:
     message_P = routing_bytes(demand.tokens_P, widths.num_choices, demand.experts.total)
     plan = (message_P.unsqueeze(1).expand(ranks, ranks),)
     return Traffic(
-        scheme="row per rank",
         plan=plan,
         ways=(demand.tokens_PP,),
         there=widths.weighted_row,
@@ -115,7 +111,6 @@ def row_per_node(demand: Demand, widths: Widths) -> Traffic:
     first_P = routing_bytes(demand.tokens_P, widths.num_choices, demand.experts.total)
     plan = (first_P.unsqueeze(1) * column_PP, inside_P.unsqueeze(1) * node_PP)
     return Traffic(
-        scheme="row per node",
         plan=plan,
         ways=(between_PP, within_PP),
         there=widths.weighted_row,
