@@ -730,7 +730,7 @@ def test_the_drawn_cases_reach_what_others_got_wrong() -> None:
 def test_bit_equal_to_one_process(rank_pool: RankPool, ranks: int, dtype: torch.dtype) -> None:
     """Where no two ranks share a key/value head, so that nothing is added up in another order: at small, odd widths,
     and at one that models have."""
-    batch = [case for case in cases_of_ranks(ranks, BATCH_OF_CASES) if not case.shares_a_kv_head]
+    batch = [case for case in cases_of_ranks(ranks, BATCH_OF_CASES) if not case.shares_a_kv_head][::2]
     batch += [replace(case, widths=(64, 32)) for case in batch[::8]]
     assert len({case.kind for case in batch}) > 0.9 * len(KINDS)
     assert in_bits(rank_pool, ranks, batch, dtype, scaled_dot_product) == []
