@@ -141,21 +141,24 @@ def _softmax_by_hand(
     sinks_n: Tensor | None,
     dropout: Dropout | None,
 ) -> Tensor:
-    """What scaled_dot_product_attention has no argument for; products and softmax in float32 (float64 for
-    float64)."""
+    """What scaled_dot_product_attention has no argument for; products and softmax in float32 (float64 for float64).
+
+    The sink is one key more, whose value is 0; without sinks it is masked. So there are always two keys or more: with
+    one, a CPU product over a single head takes another kernel, and another last bit, than over several.
+    """
     dtype = torch.promote_types(q_BnLH.dtype, torch.float32)
     heads = q_BnLH.shape[1]
-    k_BnLH, v_BnLH = (x.repeat_interleave(heads // x.shape[1], dim=1).to(dtype) for x in (k_BgLH, v_BgLH))
-    products_BnLL = q_BnLH.to(dtype) @ k_BnLH.mT * scale
+    k_BnLH, v_BnLH = (
+        F.pad(x.repeat_interleave(heads // x.shape[1], dim=1).to(dtype), (0, 0, 0, 1)) for x in (k_BgLH, v_BgLH)
+    )
+    products_BnLL = (q_BnLH.to(dtype) @ k_BnLH.mT * scale)[..., :-1]
     if mask.values.dtype == torch.bool:
         products_BnLL = products_BnLL.masked_fill(~mask.values, -torch.inf)
     else:
         products_BnLL = products_BnLL + mask.values.to(dtype)
-    if sinks_n is None:
-        weights_BnLL = products_BnLL.softmax(-1)
-    else:
-        sinks_BnL1 = sinks_n.to(dtype)[None, :, None, None].expand(*products_BnLL.shape[:3], 1)
-        weights_BnLL = torch.cat([products_BnLL, sinks_BnL1], dim=-1).softmax(-1)[..., :-1]
+    sinks_n = q_BnLH.new_full((heads,), -torch.inf) if sinks_n is None else sinks_n
+    sinks_BnL1 = sinks_n.to(dtype)[None, :, None, None].expand(*products_BnLL.shape[:3], 1)
+    weights_BnLL = torch.cat([products_BnLL, sinks_BnL1], dim=-1).softmax(-1)
     if dropout is not None:
         weights_BnLL = dropout.apply(weights_BnLL)
     return (weights_BnLL @ v_BnLH).to(q_BnLH.dtype)

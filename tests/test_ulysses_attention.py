@@ -736,6 +736,17 @@ def test_bit_equal_to_one_process(rank_pool: RankPool, ranks: int, dtype: torch.
     assert in_bits(rank_pool, ranks, batch, dtype, scaled_dot_product) == []
 
 
+@pytest.mark.parametrize("kind", ["cross", "cross bool", "cross sinks"])
+def test_bit_equal_where_one_head_meets_one_key(rank_pool: RankPool, kind: str) -> None:
+    """A product with one column takes another kernel for one head than for several."""
+    batch = [
+        named_case(2, kind, seq, batch=1, num_heads=(3, 3), widths=widths, kv_seq=(1, 0))
+        for seq in ((34, 33), (9, 7))
+        for widths in ((6, 6), (64, 64))
+    ]
+    assert in_bits(rank_pool, 2, batch, torch.float32, scaled_dot_product) == []
+
+
 def in_bits(
     pool: RankPool, ranks: int, batch: list[Case], dtype: torch.dtype, attend: Attend, timeout: float = 60
 ) -> list[str]:
