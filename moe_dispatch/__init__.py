@@ -3,7 +3,7 @@
 from .agreement import BAD, agree, digest, raise_on_every_rank
 from .balance import sequence_balance_loss
 from .dispatch import PendingCombine, PendingDispatch, combine, dispatch, start_combine, start_dispatch
-from .exchange import check_group, exchange_rows, move_rows
+from .exchange import check_group, exchange_rows, start_exchange
 from .experts import GroupedExperts, SwiGLU
 from .hierarchy import combine_hierarchical, dispatch_hierarchical
 from .hierarchy_plan import HierarchicalPlan, NodeGroups, plan_hierarchical
@@ -39,7 +39,6 @@ __all__ = [
     "dispatch_hierarchical",
     "exchange_rows",
     "gather_tokens",
-    "move_rows",
     "place_tokens",
     "plan_dispatch",
     "plan_hierarchical",
@@ -47,4 +46,5 @@ __all__ = [
     "sequence_balance_loss",
     "start_combine",
     "start_dispatch",
+    "start_exchange",
 ]

@@ -42,7 +42,7 @@ class Transfer:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Arrived:
-    """Rows of a group of one rank, which are there already."""
+    """Rows that are there already."""
 
     rows: Tensor
 
@@ -53,9 +53,12 @@ class Arrived:
 def start_exchange(
     rows: Tensor, sent: Sequence[int], received: Sequence[int], group: dist.ProcessGroup
 ) -> Transfer | Arrived:
-    """:func:`exchange_rows` in the background: no gradient, no checks, contiguous rows, the result at ``wait()``."""
-    if len(sent) == 1:
-        return Arrived(rows)
+    """:func:`exchange_rows` in the background: no gradient, no checks, contiguous rows, the result at ``wait()``.
+
+    Compiled code waits here: torch.compile knows no collective in the background.
+    """
+    if len(sent) == 1 or torch.compiler.is_compiling():
+        return Arrived(move_rows(rows, sent, received, group))
     out, work = _exchange(rows, sent, received, group, in_background=True)
     assert work is not None  # it is of this group
     return Transfer(rows, out, work)

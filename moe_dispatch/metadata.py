@@ -14,10 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .agreement import BAD, digest, raise_on_every_rank
+from .agreement import BAD, raise_on_every_rank
 from .exchange import check_group
+from .grid import Grid
 from .partition import Partition
-from .routing import WORDS, RoutingExchange
+from .routing import RoutingExchange
 from .row_index import Arrivals, Departures
 from .sharding import TokenSharding
 
@@ -125,22 +126,29 @@ def plan_dispatch(
         refuse_plan(
             problem, num_choices=num_choices, device=device, dim=dim, sharding=sharding, experts=experts, group=group
         )
-    expert_tK = expert_BlK.flatten(0, 1)
-    num_choices = expert_tK.shape[1]
-    facts = facts or _facts(num_choices, dim, sharding, experts, dtype)
-    expected = digest(facts) % WORDS
-    word = _word(expert_tK, weight_BlK, experts, expected)
-    exchange = RoutingExchange.start(expert_tK, word, sharding=sharding, experts=experts, group=group)
-    departures = Departures.of(expert_tK, exchange.grid)
+    grid = Grid.of(
+        sharding,
+        experts,
+        rank=rank,
+        num_choices=expert_BlK.shape[2],
+        dim=dim,
+        device=expert_BlK.device,
+        dtype=dtype,
+        facts=facts,
+    )
+    wanted_tK = expert_BlK.flatten(0, 1) + 1
+    id_tK = wanted_tK.clamp(0, experts.total)
+    exchange = RoutingExchange.start(id_tK, _word(wanted_tK, id_tK, weight_BlK, grid.expected), grid, group)
+    departures = Departures.of(id_tK, grid)
     sent_P = departures.count_P
     id_GK, word_P = exchange.wait()
-    arrivals = Arrivals.of(id_GK, exchange.grid, experts, rank)
-    counts = (word_P, sent_P, arrivals.received_before_P1, arrivals.rows_per_expert_e)
+    arrivals = Arrivals.of(id_GK, grid)
+    counts = (word_P, sent_P, arrivals.received_before_P1, arrivals.count_1)
     # The one copy to the host.
-    words, rows_sent, received_before, rows_per_expert = _split(torch.cat(counts).tolist(), map(len, counts))
-    if set(words) != {expected}:
-        problem = _problem_of_values(expert_tK, weight_BlK, experts) if words[rank] == BAD else ""
-        raise_on_every_rank(problem, facts, device=expert_tK.device, group=group)
+    words, rows_sent, received_before, (num_rows,) = _split(torch.cat(counts).tolist(), map(len, counts))
+    if set(words) != {grid.expected}:
+        problem = _problem_of_values(expert_BlK, weight_BlK, experts) if words[rank] == BAD else ""
+        raise_on_every_rank(problem, grid.facts, device=expert_BlK.device, group=group)
     rows_received = tuple(after - before for before, after in pairwise(received_before))
     return DispatchMetadata(
         local_shape=(*sharding.local_shape(rank), dim),
@@ -151,9 +159,8 @@ def plan_dispatch(
         rows_sent=rows_sent,
         rows_received=rows_received,
         expert_BlK=expert_BlK.clone(),
-        rows_per_expert_e=arrivals.rows_per_expert_e.clone(),
         **departures.index(sum(rows_sent)),
-        **arrivals.index(sum(rows_received), sum(rows_per_expert), sharding.num_tokens),
+        **arrivals.index(received_before[-1], num_rows),
     )
 
 
@@ -174,9 +181,11 @@ def refuse_plan(
     For callers that find, before they have ids, that they cannot go on: their peers are in :func:`plan_dispatch`.
     """
     check_plan(dim, sharding, experts, group)
+    rank = group.rank()
+    grid = Grid.of(sharding, experts, rank=rank, num_choices=num_choices, dim=dim, device=device)
     word = torch.full((), BAD, dtype=torch.int64, device=device)
-    none_tK = word.expand(sharding.local_sizes[group.rank()], num_choices)
-    RoutingExchange.start(none_tK, word, sharding=sharding, experts=experts, group=group).wait()
+    none_tK = torch.zeros_like(word).expand(sharding.local_sizes[rank], num_choices)
+    RoutingExchange.start(none_tK, word, grid, group).wait()
     raise_on_every_rank(problem, "", device=device, group=group)
 
 
@@ -192,15 +201,12 @@ def check_plan(dim: int, sharding: TokenSharding, experts: Partition, group: dis
         raise ValueError(f"{experts.total} experts; a group can have 1 to {MOST_EXPERTS}")
 
 
-def _word(expert_tK: Tensor, weight_BlK: Tensor | None, experts: Partition, expected: int) -> Tensor:
+def _word(wanted_tK: Tensor, id_tK: Tensor, weight_BlK: Tensor | None, expected: int) -> Tensor:
     """() int64: ``expected``, or BAD. Made on the device, so that a bad value costs no host sync of its own."""
-    if not expert_tK.numel():
-        return torch.tensor(expected, device=expert_tK.device)
-    lowest, highest = torch.aminmax(expert_tK)
-    good = (lowest >= -1) & (highest < experts.total)
+    bad_tK = wanted_tK != id_tK
     if weight_BlK is not None:
-        good = good & ~weight_BlK.isnan().any()
-    return torch.where(good, expected, BAD)
+        bad_tK = bad_tK.logical_or_(weight_BlK.isnan().flatten(0, 1))
+    return torch.where(bad_tK.any(), BAD, expected)
 
 
 def _split(values: list[int], sizes: Iterable[int]) -> Iterator[tuple[int, ...]]:
@@ -208,11 +214,6 @@ def _split(values: list[int], sizes: Iterable[int]) -> Iterator[tuple[int, ...]]
     for size in sizes:
         yield tuple(values[start : start + size])
         start += size
-
-
-def _facts(num_choices: int, dim: int, sharding: TokenSharding, experts: Partition, dtype: torch.dtype | None) -> str:
-    known_dtype = "" if dtype is None else f"{dtype}, "
-    return known_dtype + f"K = {num_choices}, dim = {dim}, experts = {experts.sizes}, {sharding}"
 
 
 def _problem_of_ids(expert_BlK: Tensor, sharding: TokenSharding, rank: int) -> str:
@@ -240,8 +241,9 @@ def _problem_of_weights(expert_BlK: Tensor, weight_BlK: Tensor | None) -> str:
     )
 
 
-def _problem_of_values(expert_tK: Tensor, weight_BlK: Tensor | None, experts: Partition) -> str:
+def _problem_of_values(expert_BlK: Tensor, weight_BlK: Tensor | None, experts: Partition) -> str:
     """The first value at fault; reads the device, so only once it is known that there is one."""
+    expert_tK = expert_BlK.flatten(0, 1)
     outside_tK = (expert_tK < -1) | (expert_tK >= experts.total)
     for token, choice in outside_tK.nonzero()[:1].tolist():
         return (

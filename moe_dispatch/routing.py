@@ -12,48 +12,36 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .exchange import Arrived, Transfer, start_exchange
-from .grid import Grid
-from .partition import Partition
-from .sharding import TokenSharding
-
-# 4 bytes of status and ids in steps of 4 bytes: never more than 2 K + 8 bytes for each token and rank.
-WORD = torch.int32
-WORDS = 2**31 - 1
+from .grid import WORD, Grid
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class RoutingExchange:
     """The exchange on its way."""
 
     transfer: Transfer | Arrived
     grid: Grid
-    num_choices: int
-    id_dtype: torch.dtype
 
     @classmethod
-    def start(
-        cls, expert_tK: Tensor, word: Tensor, *, sharding: TokenSharding, experts: Partition, group: dist.ProcessGroup
-    ) -> "RoutingExchange":
+    def start(cls, id_tK: Tensor, word: Tensor, grid: Grid, group: dist.ProcessGroup) -> "RoutingExchange":
         """Send expert ids and a status word to every rank.
 
         Args:
-            expert_tK: (t, K) int64, -1 or an expert id; anything where ``word`` is BAD.
-            word: () int64, this rank's digest, below WORDS, or BAD.
+            id_tK: (t, K), an expert id plus one, or 0 for "no expert"; anything where ``word`` is BAD.
+            word: () int64, ``grid.expected`` or BAD.
         """
-        # One id takes one byte while 0 ("no expert") and E ids fit in it, else two.
-        id_dtype = torch.uint8 if experts.total <= 255 else torch.int16
-        tokens, num_choices = expert_tK.shape
-        steps = -(-num_choices * id_dtype.itemsize // WORD.itemsize)
-        message = torch.zeros(1 + tokens * steps, dtype=WORD, device=expert_tK.device)
-        message[0] = word
-        message[1:].view(tokens, steps).view(id_dtype)[:, :num_choices] = expert_tK + 1
-        ranks, received = sharding.num_ranks, [1 + size * steps for size in sharding.local_sizes]
-        transfer = start_exchange(message.repeat(ranks), (len(message),) * ranks, received, group)
-        grid = Grid.of(sharding, experts, steps, message.device)
-        return cls(transfer=transfer, grid=grid, num_choices=num_choices, id_dtype=id_dtype)
+        ranks, (tokens, num_choices) = len(grid.received), id_tK.shape
+        message_PW = torch.zeros(ranks, 1 + tokens * grid.steps, dtype=WORD, device=id_tK.device)
+        message_PW[:, 0] = word
+        message_PW[:, 1:].view(grid.id_dtype).view(ranks, tokens, grid.ids_of_token)[:, :, :num_choices] = id_tK
+        transfer = start_exchange(message_PW.view(-1), (message_PW.shape[1],) * ranks, grid.received, group)
+        return cls(transfer, grid)
 
     def wait(self) -> tuple[Tensor, Tensor]:
-        """(G, K) ids plus one of the group's tokens, rank after rank, 0 for "no expert"; (ranks,) int64 words."""
-        words = self.transfer.wait()
-        ids_GK = words[self.grid.step_GS].view(self.id_dtype)[:, : self.num_choices]
-        return ids_GK.to(torch.int64), words[self.grid.status_P].to(torch.int64)
+        """(G, K) ids plus one of the group's tokens, rank after rank, 0 for "no expert", none of them above E;
+        (ranks,) int64 words."""
+        grid, words = self.grid, self.transfer.wait()
+        id_GK = words.index_select(0, grid.step_GS).view(grid.id_dtype).view(len(grid.token_of_G), grid.ids_of_token)
+        # A peer that believes in more experts is found out by its word, after these ids have been used as indices.
+        id_GK = id_GK[:, : grid.num_choices].to(torch.int64).clamp_(0, grid.num_experts)
+        return id_GK, words.index_select(0, grid.status_P).to(torch.int64)

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from .grid import Grid
-from .partition import Partition
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,10 +18,10 @@ class Departures:
     needed_Pt: Tensor
 
     @classmethod
-    def of(cls, expert_tK: Tensor, grid: Grid) -> "Departures":
-        # 1 + rank; id -1 gives 0. Contiguous, or it warns and copies.
-        place_tK = torch.bucketize(expert_tK.contiguous(), grid.first_expert_P, right=True)
-        needed = torch.zeros(len(grid.first_expert_P) + 1, len(expert_tK), dtype=torch.bool, device=expert_tK.device)
+    def of(cls, id_tK: Tensor, grid: Grid) -> "Departures":
+        """``id_tK``: expert ids plus one, 0 for "no expert"."""
+        place_tK = grid.rank_of_id_E.index_select(0, id_tK.flatten()).view(id_tK.shape)
+        needed = torch.zeros(len(grid.received) + 1, len(id_tK), dtype=torch.bool, device=id_tK.device)
         return cls(needed.scatter_(0, place_tK.T, True)[1:])
 
     @property
@@ -33,10 +32,11 @@ class Departures:
     def index(self, num_sent: int) -> dict[str, Tensor]:
         """My tokens -> sent rows, and back."""
         token_of_sent_S = torch.nonzero_static(self.needed_Pt, size=num_sent)[:, 1].contiguous()
+        token_of_entry_S, sent_of_entry_S = token_of_sent_S.sort(stable=True)
         return {
             "token_of_sent_S": token_of_sent_S,
-            "sent_of_entry_S": token_of_sent_S.argsort(stable=True),
-            "first_entry_t": _starts(self.needed_Pt.sum(0)),
+            "sent_of_entry_S": sent_of_entry_S,
+            "first_entry_t": _starts(token_of_entry_S, self.needed_Pt.shape[1]),
         }
 
 
@@ -48,49 +48,49 @@ class Arrivals:
     """
 
     grid: Grid
-    place_GK: Tensor  # 1 + my expert of each choice; 0 for the choices that fell elsewhere
+    place_GK: Tensor  # flat: 1 + my expert of each choice; 0 for the choices that fell elsewhere
     received_before_G1: Tensor  # rows that came before each token, and of all
-    rows_per_expert_e: Tensor
 
     @classmethod
-    def of(cls, id_GK: Tensor, grid: Grid, experts: Partition, rank: int) -> "Arrivals":
+    def of(cls, id_GK: Tensor, grid: Grid) -> "Arrivals":
         """``id_GK``: expert ids plus one, 0 for "no expert"."""
-        num_mine = experts.sizes[rank]
-        place_GK = (id_GK - experts.offsets[rank]).clamp_(0, num_mine + 1)
-        place_GK.masked_fill_(place_GK > num_mine, 0)
-        rows_per_place = torch.zeros(num_mine + 1, dtype=torch.int64, device=id_GK.device)
-        rows_per_place.scatter_add_(0, place_GK.view(-1), torch.ones_like(place_GK).view(-1))
-        received_before_G1 = torch.zeros(len(id_GK) + 1, dtype=torch.int64, device=id_GK.device)
-        torch.cumsum(place_GK.any(1), 0, out=received_before_G1[1:])
-        return cls(grid, place_GK, received_before_G1, rows_per_place[1:])
+        place_GK = grid.place_of_id_E.index_select(0, id_GK.view(-1))
+        received_before_G1 = place_GK.new_zeros(len(id_GK) + 1)
+        torch.cumsum(place_GK.view(id_GK.shape).any(1), 0, out=received_before_G1[1:])
+        return cls(grid, place_GK, received_before_G1)
+
+    @property
+    def count_1(self) -> Tensor:
+        """Rows of all my experts."""
+        return self.place_GK.count_nonzero().view(1)
 
     @property
     def received_before_P1(self) -> Tensor:
         """Rows that came from the ranks before each rank, and from all."""
         return self.received_before_G1.index_select(0, self.grid.start_P1)
 
-    def index(self, num_received: int, num_rows: int, num_tokens: int) -> dict[str, Tensor]:
-        """Received rows -> rows of my experts, and back. ``num_tokens``: of the whole grid."""
-        place, num_choices = self.place_GK.view(-1), self.place_GK.shape[1]
-        token_of_G = self.grid.token_of_G
+    def index(self, num_received: int, num_rows: int) -> dict[str, Tensor]:
+        """Received rows -> rows of my experts, and back."""
+        grid = self.grid
         # Choices are in (received row, choice) order, so a stable sort leaves those of a token in order.
-        flat_of_entry_M = torch.nonzero_static(place, size=num_rows)[:, 0]
-        key_M = place[flat_of_entry_M] * num_tokens + token_of_G[flat_of_entry_M // num_choices]
-        entry_of_row_M = key_M.argsort(stable=True)
-        row_M = torch.arange(num_rows, device=place.device)
-        flat_of_row_M = flat_of_entry_M[entry_of_row_M]
-        g_of_row_M = flat_of_row_M // num_choices
-        here_G = self.received_before_G1.diff()
-        g_of_received_R = torch.nonzero_static(here_G, size=num_received)[:, 0]
+        flat_of_entry_M = torch.nonzero_static(self.place_GK, size=num_rows)[:, 0]
+        g_of_entry_M = flat_of_entry_M // grid.num_choices
+        token_of_entry_M = grid.token_of_G.index_select(0, g_of_entry_M)
+        place_of_entry_M = self.place_GK.index_select(0, flat_of_entry_M)
+        received_of_entry_M = self.received_before_G1.index_select(0, g_of_entry_M)
+        key_of_entry_M = token_of_entry_M.add(place_of_entry_M, alpha=grid.num_tokens)
+        key_of_row_M, entry_of_row_M = key_of_entry_M.sort(stable=True)
+        row_M = torch.arange(num_rows, device=entry_of_row_M.device)
         return {
-            "token_of_row_M": token_of_G[g_of_row_M],
-            "received_of_row_M": self.received_before_G1[g_of_row_M],
-            "choice_of_row_M": flat_of_row_M - g_of_row_M * num_choices,
+            "rows_per_expert_e": torch.searchsorted(key_of_row_M, grid.first_key_e1).diff(),
+            "token_of_row_M": token_of_entry_M.index_select(0, entry_of_row_M),
+            "received_of_row_M": received_of_entry_M.index_select(0, entry_of_row_M),
+            "choice_of_row_M": (flat_of_entry_M % grid.num_choices).index_select(0, entry_of_row_M),
             "row_of_entry_M": torch.empty_like(row_M).scatter_(0, entry_of_row_M, row_M),
-            "first_entry_R": _starts((self.place_GK > 0).sum(1)[g_of_received_R]),
+            "first_entry_R": _starts(received_of_entry_M, num_received),
         }
 
 
-def _starts(count_N: Tensor) -> Tensor:
-    """Where each of consecutive runs of these lengths starts."""
-    return count_N.cumsum(0) - count_N
+def _starts(thing_of_entry: Tensor, num_things: int) -> Tensor:
+    """Where the entries of each thing start; entries are in the order of their things."""
+    return torch.searchsorted(thing_of_entry, torch.arange(num_things, device=thing_of_entry.device))

@@ -5,16 +5,17 @@ sequence-major ("LB") shard of the sequence is. Formulas that forget this are ri
 and wrong for the rest.
 """
 
-from collections.abc import Sequence
-from copy import copy
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Literal, overload
+from typing import Any, Literal, TypeVar, overload
 
 import torch
 from torch import Tensor
 
 from .partition import Partition, check_count
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, init=False)
@@ -40,6 +41,7 @@ class TokenSharding:
     seq: Partition
     order: Literal["BL", "LB"]
     rectangles: tuple[int, ...]
+    _kept: dict[Hashable, Any] = field(repr=False, compare=False)
 
     def __init__(self, *, batch: Partition | int, seq: Partition | int, order: Literal["BL", "LB"] = "BL") -> None:
         if order not in ("BL", "LB"):
@@ -53,6 +55,18 @@ class TokenSharding:
             object.__setattr__(self, name, cut)
         object.__setattr__(self, "order", order)
         object.__setattr__(self, "rectangles", tuple(range(len(self.batch) * len(self.seq))))
+        object.__setattr__(self, "_kept", {})
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles leave what is kept behind."""
+        return _rebuilt, (self.batch, self.seq, self.order, self.rectangles)
+
+    def keep(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What ``make`` gives, made once for each ``key`` and kept for as long as this object lives: for tensors that
+        depend on the sharding and the key only, and that nobody writes to."""
+        if key not in self._kept:
+            self._kept[key] = make()
+        return self._kept[key]
 
     @property
     def num_ranks(self) -> int:
@@ -207,9 +221,7 @@ class TokenSharding:
             self._check_rank(rank)
         if not ranks or len(set(ranks)) != len(ranks):
             raise ValueError(f"ranks {ranks} selected; name at least one rank, and each once")
-        selected = copy(self)
-        object.__setattr__(selected, "rectangles", tuple(self.rectangles[rank] for rank in ranks))
-        return selected
+        return _rebuilt(self.batch, self.seq, self.order, tuple(self.rectangles[rank] for rank in ranks))
 
     def check_local(self, x: Tensor, rank: int) -> None:
         """Raise ValueError unless ``x`` has the shape (b, l, ...) or (l, b, ...) that ``rank`` holds."""
@@ -246,3 +258,11 @@ class TokenSharding:
         """(row, position) of the rank's first token."""
         i, j = self._piece(rank)
         return self.batch.offsets[i], self.seq.offsets[j]
+
+
+def _rebuilt(
+    batch: Partition, seq: Partition, order: Literal["BL", "LB"], rectangles: tuple[int, ...]
+) -> TokenSharding:
+    sharding = TokenSharding(batch=batch, seq=seq, order=order)
+    object.__setattr__(sharding, "rectangles", rectangles)
+    return sharding

@@ -1,8 +1,8 @@
 """Trade tokens for heads and back: my tokens with all heads <-> all tokens with my heads.
 
 There and back are each other's adjoint, so each is the other's backward, with the same lanes. Real lengths travel,
-nothing is padded, each value is copied once before and once after the collective, and a rank without tokens or heads
-takes part in everything.
+nothing is padded, each value is copied once before and once after the collective (what stays on its rank: once), and
+a rank without tokens or heads takes part in everything.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_dispatch import Partition, TokenSharding, check_group, move_rows
+from moe_dispatch import Partition, TokenSharding, check_group, start_exchange
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,15 +173,19 @@ def collect(x_BLnH: Tensor, lane: Lane, group: dist.ProcessGroup) -> Tensor:
 def trade(sent: Sequence[Sequence[Tensor]], received: Sequence[Sequence[Tensor]], group: dist.ProcessGroup) -> None:
     """Send some tensors to each rank, and copy what comes from each into tensors of the shapes sent there.
 
-    One collective, and one copy on each side of it.
+    One collective, and one copy on each side of it; what a rank sends to itself is copied once, meanwhile.
     """
-    sizes_sent = [[x.numel() for x in to_one] for to_one in sent]
-    sizes_received = [[x.numel() for x in from_one] for from_one in received]
-    buffer = sent[0][0].new_empty(sum(map(sum, sizes_sent)))
-    for part, x in zip(buffer.split(list(chain(*sizes_sent))), chain(*sent), strict=True):
+    rank = group.rank()
+    to_others, from_others = ([[] if r == rank else xs for r, xs in enumerate(way)] for way in (sent, received))
+    sizes_sent, sizes_received = ([[x.numel() for x in xs] for xs in way] for way in (to_others, from_others))
+    buffer = sent[rank][0].new_empty(sum(map(sum, sizes_sent)))
+    for part, x in zip(buffer.split(list(chain(*sizes_sent))), chain(*to_others), strict=True):
         part.view(x.shape).copy_(x)
-    arrived = move_rows(buffer, list(map(sum, sizes_sent)), list(map(sum, sizes_received)), group)
-    for part, x in zip(arrived.split(list(chain(*sizes_received))), chain(*received), strict=True):
+    transfer = start_exchange(buffer, list(map(sum, sizes_sent)), list(map(sum, sizes_received)), group)
+    for x, out in zip(sent[rank], received[rank], strict=True):
+        out.copy_(x)
+    arrived = transfer.wait()
+    for part, x in zip(arrived.split(list(chain(*sizes_received))), chain(*from_others), strict=True):
         x.copy_(part.view(x.shape))
 
 

@@ -670,6 +670,30 @@ def test_a_plan_from_saved_ids_equals_the_first(rank_pool: RankPool, ranks: int)
         }
 
 
+def plans_that_differ_on_one_sharding(rank: int) -> list[str]:
+    """Layers of other experts, K, D and dtypes in turns, on one sharding object and on a fresh one each time."""
+
+    def sharding() -> TokenSharding:
+        return TokenSharding(batch=2, seq=Partition((3, 1)))
+
+    shared, failures = sharding(), []
+    for experts, num_choices, dim, dtype in 2 * list(
+        product(((3, 1), (1, 3), (2, 300)), (1, 5), (1, 2), (torch.float32, torch.bfloat16))
+    ):
+        ids = torch.randint(-1, sum(experts), (*shared.local_shape(rank), num_choices))
+        on_shared, on_fresh = (
+            plan_dispatch(ids, dim=dim, sharding=cut, experts=Partition(experts), group=world(), dtype=dtype)
+            for cut in (shared, sharding())
+        )
+        if on_shared != on_fresh:
+            failures.append(f"{experts} {num_choices} {dim} {dtype}")
+    return failures
+
+
+def test_plans_of_different_layers_share_a_sharding(rank_pool: RankPool) -> None:
+    assert rank_pool.run(plans_that_differ_on_one_sharding, 2) == [[], []]
+
+
 def rows_of_many_experts(rank: int, sizes: tuple[int, int]) -> tuple[list[int], list[int], list[int]]:
     """Ids at both ends of both ranks' experts, and no expert, where ids start to need a second byte."""
     last = sum(sizes) - 1

@@ -7,6 +7,7 @@ of the batch, and of both, for smaller ones. The two formulas that were shipped 
 import dataclasses
 import pickle
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy, deepcopy
 from itertools import permutations
 from typing import Any
 
@@ -214,6 +215,20 @@ def test_a_sharding_is_a_value() -> None:
     assert pickle.loads(pickle.dumps(first.select([1]))) == first.select([1])
     with pytest.raises(dataclasses.FrozenInstanceError):
         first.order = "LB"  # type: ignore[misc]
+
+
+def test_what_a_sharding_keeps_is_no_part_of_its_value() -> None:
+    sharding, other = (TokenSharding(batch=2, seq=Partition((2, 1))) for _ in range(2))
+    made: list[str] = []
+    for key in ("a", "b", "a"):
+        assert sharding.keep(key, lambda key=key: made.append(key) or key) == key
+    assert made == ["a", "b"]
+    assert sharding == other
+    assert hash(sharding) == hash(other)
+    assert repr(sharding) == repr(other)
+    for copied in (pickle.loads(pickle.dumps(sharding)), deepcopy(sharding), copy(sharding), sharding.select([0, 1])):
+        assert copied == sharding
+        assert copied.keep("a", lambda: "its own") == "its own"
 
 
 # ---- a group that is part of the mesh -------------------------------------------------------------------

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import permutations
+from operator import add
 from typing import Any
 from unittest import mock
 
@@ -73,7 +74,7 @@ def kv_heads(case: Case, rank: int) -> int:
 
 def planned(case: Case, rank: int, element_bytes: int) -> list[Sent]:
     """Both exchanges forward, then both backward, from the definition: who needs what of whom. Only the first has a
-    header."""
+    header. What a rank needs of itself is in none."""
     width, v_width = case.widths
 
     def spread(source: int, to: int) -> int:
@@ -86,11 +87,14 @@ def planned(case: Case, rank: int, element_bytes: int) -> list[Sent]:
 
     forward = []
     for crossing in (spread, collect):
-        pairs = [(crossing(rank, other), crossing(other, rank)) for other in range(case.ranks)]
+        pairs = [
+            (0, 0) if other == rank else (crossing(rank, other), crossing(other, rank)) for other in range(case.ranks)
+        ]
         forward.append(Sent(tuple(to for to, _ in pairs), tuple(back for _, back in pairs)))
     backward = [Sent(sent.back, sent.to) for sent in reversed(forward)]
     to, back = forward[0].to, forward[0].back
-    forward[0] = Sent(tuple(size + HEADER_BYTES for size in to), tuple(size + HEADER_BYTES for size in back))
+    header = [HEADER_BYTES * (other != rank) for other in range(case.ranks)]
+    forward[0] = Sent(tuple(map(add, to, header)), tuple(map(add, back, header)))
     return [*forward, *backward]
 
 
@@ -286,7 +290,7 @@ WIRED = {
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("name", WIRED)
 def test_two_collectives_each_way_and_no_padding(rank_pool: RankPool, name: str, dtype: torch.dtype) -> None:
-    """Each query token-head, each key/value token-head for each rank that needs it, each output token-head: once."""
+    """Each query token-head, each key/value token-head for each other rank that needs it, each output: once."""
     case = WIRED[name]
     for sent, wanted in rank_pool.run(sent_and_planned, case.ranks, case, dtype):
         assert sent == wanted

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..routing import WORD
+from ..grid import WORD
 from .demand import Demand
 
 COUNT_BYTES = 8  # int64
@@ -120,7 +120,7 @@ def row_per_node(demand: Demand, widths: Widths) -> Traffic:
 
 
 def routing_bytes(tokens: Tensor, num_choices: int, num_experts: int) -> Tensor:
-    """Bytes of one message of ``routing.exchange_routing``: a word, then each token's ids in steps of 4 bytes."""
+    """Bytes of one message of ``routing.RoutingExchange``: a word, then each token's ids in steps of 4 bytes."""
     id_bytes = 1 if num_experts <= 255 else 2
     return WORD.itemsize + tokens * token_id_bytes(num_choices, id_bytes)
 
