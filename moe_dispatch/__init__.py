@@ -14,6 +14,8 @@ from .partition import Partition
 from .placement import gather_tokens, place_tokens
 from .router import TopKRouter
 from .sharding import TokenSharding
+from .static_index import StaticSizes
+from .static_plan import StaticPlan, plan_static
 
 __all__ = [
     "BAD",
@@ -26,6 +28,8 @@ __all__ = [
     "Partition",
     "PendingCombine",
     "PendingDispatch",
+    "StaticPlan",
+    "StaticSizes",
     "SwiGLU",
     "TokenSharding",
     "TopKRouter",
@@ -42,6 +46,7 @@ __all__ = [
     "place_tokens",
     "plan_dispatch",
     "plan_hierarchical",
+    "plan_static",
     "raise_on_every_rank",
     "sequence_balance_loss",
     "start_combine",

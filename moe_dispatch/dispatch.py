@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from .exchange import Arrived, Transfer, start_exchange
 from .metadata import DispatchMetadata
 from .payload import Payload
-from .row_sums import dot_rows, sum_rows, sum_weighted_rows, weigh_rows
+from .row_sums import dot_rows, sum_rows, sum_weighted_rows, take_rows, weigh_rows
 
 
 @dataclass(slots=True, eq=False)
@@ -31,7 +31,7 @@ class Flight:
     def depart(self, payload_SC: Tensor) -> None:
         """Send rows to the experts' ranks: one per (token, rank)."""
         plan = self.plan
-        self._transfer = start_exchange(payload_SC, plan.rows_sent, plan.rows_received, plan.group)
+        self._transfer = start_exchange(payload_SC, plan.rows_sent, plan.rows_received, plan.group, spare=plan.spare)
 
     def depart_home(self, payload_RC: Tensor) -> None:
         """Send rows back to their tokens' ranks."""
@@ -67,7 +67,9 @@ class _StartDispatch(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         buffer_SC, plan = ctx.flight.land(), ctx.flight.plan
         grad_x_tD, grad_weight_tK = (
-            ctx.payload.sum_part(buffer_SC, part, plan.sent_of_entry_S, plan.first_entry_t) if needed else None
+            ctx.payload.sum_part(buffer_SC, part, plan.sent_of_entry_S, plan.first_entry_t)[: plan.num_tokens]
+            if needed
+            else None
             for part, needed in enumerate(ctx.needs_input_grad[:2])
         )
         return grad_x_tD, grad_weight_tK, None, None
@@ -91,10 +93,10 @@ class _FinishDispatch(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (grad_x_MD, grad_weight_M), plan = grads, ctx.flight.plan
-        grad_x_RD = sum_rows(grad_x_MD, plan.row_of_entry_M, plan.first_entry_R)
-        grad_weight_RK = grad_weight_M.new_zeros(len(grad_x_RD), plan.expert_BlK.shape[2])
+        grad_x_RD = sum_rows(grad_x_MD, plan.row_of_entry_M, plan.first_entry_R)[: plan.num_received]
+        grad_weight_RK = grad_weight_M.new_zeros(plan.num_received + plan.spare, plan.expert_BlK.shape[2])
         grad_weight_RK[plan.received_of_row_M, plan.choice_of_row_M] = grad_weight_M
-        ctx.flight.depart_home(ctx.payload.pack(grad_x_RD, grad_weight_RK))
+        ctx.flight.depart_home(ctx.payload.pack(grad_x_RD, grad_weight_RK[: plan.num_received]))
         return grad_x_MD.new_zeros(()), None, None
 
 
@@ -108,7 +110,7 @@ class _StartCombine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y_MD: Tensor, flight: Flight) -> Tensor:
         ctx.flight, plan = flight, flight.plan
-        flight.depart_home(sum_rows(y_MD, plan.row_of_entry_M, plan.first_entry_R))
+        flight.depart_home(sum_rows(y_MD, plan.row_of_entry_M, plan.first_entry_R)[: plan.num_received])
         return y_MD.new_zeros(())
 
     @staticmethod
@@ -127,7 +129,8 @@ class _StartWeightedCombine(torch.autograd.Function):
         ctx.flight, plan = flight, flight.plan
         ctx.save_for_backward(y_MD if ctx.needs_input_grad[1] else None, weight_M)
         weight_of_entry_M = weight_M[plan.row_of_entry_M]
-        flight.depart_home(sum_weighted_rows(y_MD, weight_of_entry_M, plan.row_of_entry_M, plan.first_entry_R))
+        y_RD = sum_weighted_rows(y_MD, weight_of_entry_M, plan.row_of_entry_M, plan.first_entry_R)
+        flight.depart_home(y_RD[: plan.num_received])
         return y_MD.new_zeros(())
 
     @staticmethod
@@ -154,13 +157,13 @@ class _FinishCombine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, link: Tensor, flight: Flight) -> Tensor:
         ctx.flight, plan = flight, flight.plan
-        return sum_rows(flight.land(), plan.sent_of_entry_S, plan.first_entry_t)
+        return plan.checked(sum_rows(flight.land(), plan.sent_of_entry_S, plan.first_entry_t)[: plan.num_tokens])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (grad_y_tD,) = grads
-        ctx.flight.depart(grad_y_tD.index_select(0, ctx.flight.plan.token_of_sent_S))
+        ctx.flight.depart(take_rows(grad_y_tD, ctx.flight.plan.token_of_sent_S))
         return grad_y_tD.new_zeros(()), None
 
 

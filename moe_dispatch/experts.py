@@ -38,7 +38,8 @@ class GroupedExperts(nn.Module):
 
         Args:
             x_MD: rows by expert, as ``dispatch`` gives them.
-            rows_per_expert_e: how many rows each expert has; they sum to M.
+            rows_per_expert_e: how many rows each expert has; they sum to M, or to less, where the last rows are
+                those that a static plan does not use. Their outputs mean nothing.
             weight_M: the weight of each row; may be float32 with bfloat16 rows.
 
         Returns:
@@ -85,9 +86,11 @@ def _grouped_mm_runs(x_MI: Tensor, w_eIO: Tensor) -> bool:
 
 def _product_by_expert(x_MI: Tensor, w_eIO: Tensor, rows_per_expert_e: Tensor) -> Tensor:
     if not len(w_eIO):
-        return x_MI @ w_eIO.sum(0)  # no experts, so no rows either: an empty product that keeps both in the graph
-    x_of_expert = x_MI.split(rows_per_expert_e.tolist())
-    return torch.cat([x_mI @ w_IO for x_mI, w_IO in zip(x_of_expert, w_eIO.unbind(0), strict=True)])
+        return x_MI @ w_eIO.sum(0)  # no experts, so no rows of any: a product that keeps both in the graph
+    counts = rows_per_expert_e.tolist()
+    *x_of_expert, unused_mI = x_MI.split([*counts, len(x_MI) - sum(counts)])
+    products = [x_mI @ w_IO for x_mI, w_IO in zip(x_of_expert, w_eIO.unbind(0), strict=True)]
+    return torch.cat([*products, unused_mI.new_zeros(len(unused_mI), w_eIO.shape[2])])
 
 
 class SwiGLU(nn.Module):

@@ -28,7 +28,7 @@ class Grid:
         place_of_id_E: 1 + number of each expert among this rank's; 0 for all others.
         status_P: step of each rank's status word, among the steps of all messages.
         step_GS: the steps of all tokens' ids.
-        token_of_G: global token.
+        token_of_G, rank_of_G: global token, and the rank that holds it.
         start_P1: where each rank's tokens start, and the end of all.
         first_key_e1: ``place * num_tokens`` of this rank's experts, and of what follows the last.
     """
@@ -46,6 +46,7 @@ class Grid:
     status_P: torch.Tensor
     step_GS: torch.Tensor
     token_of_G: torch.Tensor
+    rank_of_G: torch.Tensor
     start_P1: torch.Tensor
     first_key_e1: torch.Tensor
 
@@ -70,9 +71,8 @@ class Grid:
         key = (cls, experts, rank, num_choices, dim, device, dtype, facts)
 
         def make() -> "Grid":
-            known_dtype = "" if dtype is None else f"{dtype}, "
-            arguments = f"{known_dtype}K = {num_choices}, dim = {dim}, experts = {experts.sizes}, {sharding}"
-            return cls._made(sharding, experts, rank, num_choices, facts or arguments, device)
+            told = facts or facts_of(num_choices, dim, sharding, experts, dtype)
+            return cls._made(sharding, experts, rank, num_choices, told, device)
 
         return sharding.keep(key, make)
 
@@ -114,6 +114,15 @@ class Grid:
             status_P=torch.tensor([start * steps + rank for rank, start in enumerate(starts)], device=device),
             step_GS=(first_step_G.unsqueeze(1) + torch.arange(steps, device=device)).flatten(),
             token_of_G=sharding.stacked_tokens(device),
+            rank_of_G=rank_of_G,
             start_P1=torch.tensor((*starts, len(rank_of_G)), device=device),
             first_key_e1=torch.arange(1, num_mine + 2, device=device) * sharding.num_tokens,
         )
+
+
+def facts_of(
+    num_choices: int, dim: int, sharding: TokenSharding, experts: Partition, dtype: torch.dtype | None
+) -> str:
+    """What the ranks have to agree on, as text."""
+    known_dtype = "" if dtype is None else f"{dtype}, "
+    return f"{known_dtype}K = {num_choices}, dim = {dim}, experts = {experts.sizes}, {sharding}"

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .exchange import check_group
+from .grid import facts_of
 from .metadata import DispatchMetadata, plan_dispatch, refuse_plan
 from .partition import Partition
 from .sharding import TokenSharding
@@ -111,7 +112,7 @@ def plan_hierarchical(
     held = mine if mine.total else Partition((1, *mine.sizes[1:]))
     is_tensor = isinstance(expert_BlK, Tensor)
     num_choices = max(expert_BlK.shape[-1], 1) if is_tensor and expert_BlK.ndim else 1
-    facts = f"{dtype}, K = {num_choices}, dim = {dim}, experts = {experts.sizes}, {sharding}"
+    facts = facts_of(num_choices, dim, sharding, experts, dtype)
     try:
         between = plan_dispatch(
             expert_BlK,

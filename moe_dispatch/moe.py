@@ -11,8 +11,9 @@ from .balance import sum_counts
 from .dispatch import combine, start_dispatch
 from .exchange import check_group
 from .experts import GroupedExperts
-from .metadata import DispatchMetadata, check_plan, plan_dispatch, refuse_plan
+from .metadata import DispatchMetadata, plan_dispatch, refuse_plan
 from .partition import Partition
+from .plan_checks import check_plan
 from .recompute import ForwardMemory, in_backward
 from .router import TopKRouter
 from .sharding import TokenSharding

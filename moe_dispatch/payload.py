@@ -7,7 +7,7 @@ A gather writes straight into the buffer before the exchange and reads straight 
 import torch
 from torch import Tensor
 
-from .row_sums import sum_rows
+from .row_sums import sum_rows, take_rows
 
 
 class Payload:
@@ -30,7 +30,7 @@ class Payload:
         """:meth:`pack` of rows ``row_of_N`` of the tensors, in one pass."""
         buffer_NC = self._empty(len(row_of_N), row_of_N.device)
         for part, rows in zip(self._split(buffer_NC), row_tensors, strict=True):
-            torch.index_select(self._as_words(rows), 0, row_of_N, out=part)
+            take_rows(self._as_words(rows), row_of_N, out=part)
         return buffer_NC
 
     def read(self, buffer_NC: Tensor) -> list[Tensor]:

@@ -36,7 +36,7 @@ class Departures:
         return {
             "token_of_sent_S": token_of_sent_S,
             "sent_of_entry_S": sent_of_entry_S,
-            "first_entry_t": _starts(token_of_entry_S, self.needed_Pt.shape[1]),
+            "first_entry_t": starts(token_of_entry_S, self.needed_Pt.shape[1]),
         }
 
 
@@ -80,17 +80,23 @@ class Arrivals:
         received_of_entry_M = self.received_before_G1.index_select(0, g_of_entry_M)
         key_of_entry_M = token_of_entry_M.add(place_of_entry_M, alpha=grid.num_tokens)
         key_of_row_M, entry_of_row_M = key_of_entry_M.sort(stable=True)
-        row_M = torch.arange(num_rows, device=entry_of_row_M.device)
         return {
             "rows_per_expert_e": torch.searchsorted(key_of_row_M, grid.first_key_e1).diff(),
             "token_of_row_M": token_of_entry_M.index_select(0, entry_of_row_M),
             "received_of_row_M": received_of_entry_M.index_select(0, entry_of_row_M),
             "choice_of_row_M": (flat_of_entry_M % grid.num_choices).index_select(0, entry_of_row_M),
-            "row_of_entry_M": torch.empty_like(row_M).scatter_(0, entry_of_row_M, row_M),
-            "first_entry_R": _starts(received_of_entry_M, num_received),
+            "row_of_entry_M": inverse(entry_of_row_M),
+            "first_entry_R": starts(received_of_entry_M, num_received),
         }
 
 
-def _starts(thing_of_entry: Tensor, num_things: int) -> Tensor:
+def starts(thing_of_entry: Tensor, num_things: int) -> Tensor:
     """Where the entries of each thing start; entries are in the order of their things."""
     return torch.searchsorted(thing_of_entry, torch.arange(num_things, device=thing_of_entry.device))
+
+
+def inverse(permutation: Tensor) -> Tensor:
+    """Where each index stands in the permutation."""
+    return torch.empty_like(permutation).scatter_(
+        0, permutation, torch.arange(len(permutation), device=permutation.device)
+    )

@@ -55,9 +55,9 @@ def noted_exchanges(events: list[str]) -> Iterator[None]:
             events.append("wait")
             return self.transfer.wait()
 
-    def start(*args: Any) -> Any:
+    def start(*args: Any, **options: Any) -> Any:
         events.append("start")
-        return Watched(start_exchange(*args))
+        return Watched(start_exchange(*args, **options))
 
     module.start_exchange = start
     try:

@@ -26,6 +26,7 @@ INDEX_ARITHMETIC = {
     "metadata.py": "the plan; a status word of two bytes",
     "routing.py": "bytes of a message",
     "grid.py": "steps of all messages",
+    "static_index.py": "the slots of a plan of fixed sizes",
     "payload.py": "words of a row",
     "row_sums.py": "three parts of each weight",
     "router.py": "how many experts a group has",
@@ -153,7 +154,7 @@ def test_the_rooms_are_there() -> None:
     assert "validation/parallel.py" in MODULES
 
 
-@pytest.mark.parametrize("name", ["sharding.py", "partition.py", "row_index.py"])
+@pytest.mark.parametrize("name", ["sharding.py", "partition.py", "row_index.py", "static_index.py"])
 def test_index_arithmetic_knows_no_process_groups_and_no_floats(name: str) -> None:
     assert of_torch_distributed(imports(MODULES[name])) == set()
     words = set(attributes(MODULES[name]))
