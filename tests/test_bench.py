@@ -4,6 +4,7 @@ import json
 import os
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from moe_dispatch.bench.config import DispatchConfig, UlyssesConfig, WorkloadCon
 from moe_dispatch.bench.contender import contenders_of
 from moe_dispatch.bench.counting import Counts, counting, run_backward
 from moe_dispatch.bench.floor import floors_of, rows_between
-from moe_dispatch.bench.measure import Run, measure, problem_of, time_in_turns
+from moe_dispatch.bench.measure import Run, account, measure, problem_of, time_in_turns
 from moe_dispatch.bench.memory import ALLOCATOR, bytes_kept, peak_bytes
 from moe_dispatch.bench.ours import OurDispatch
 from moe_dispatch.bench.phases import phases_of
@@ -268,7 +269,7 @@ class KeepsOnTheContext(torch.autograd.Function):
 )
 def test_bytes_kept_are_unique_storages_of_nodes_and_contexts(forward: Callable[[Tensor], Tensor], kept: int) -> None:
     x = torch.ones(10, requires_grad=True)
-    assert bytes_kept(lambda: forward(x), [x]) == kept
+    assert bytes_kept(lambda: forward(x), lambda: [x]) == kept
 
 
 def test_bytes_that_are_held_for_a_moment_only_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,7 +280,7 @@ def test_bytes_that_are_held_for_a_moment_only_are_not_kept(monkeypatch: pytest.
         held.append(torch.zeros(100))
         return torch.ones(1)
 
-    assert bytes_kept(forward, []) == 0
+    assert bytes_kept(forward, list) == 0
 
 
 def test_the_peak_is_what_a_call_needs_at_once() -> None:
@@ -376,6 +377,28 @@ def test_the_textbook_refuses_uneven_shards(rank_pool: RankPool) -> None:
     assert len(lines["ours"].both_ms) == 1
 
 
+def test_turns_multiply_repetitions(rank_pool: RankPool) -> None:
+    config = replace(ROUTED, turns=3)
+    assert config.shape.endswith("float32, 3 turns a repetition")
+    for lines, _ in rank_pool.run(measure, 2, config, "", 2, False):
+        assert {len(line.both_ms) for line in lines} == {6}
+
+
+def kept_for_backward(rank: int, dim: int) -> int | None:
+    group, workload = dist.group.WORLD, DispatchWorkload.of(replace(ROUTED, dim=dim, tokens=(50, 30)))
+    assert group is not None
+    case, contender = workload.case(rank), contenders_of("dispatch", "")["experts weigh"](workload, group)
+    contender.forward(*case.inputs)  # what a sharding keeps is made once
+    return account("experts weigh", Run(contender, case)).kept_bytes
+
+
+def test_dispatch_and_combine_keep_indices_only(rank_pool: RankPool) -> None:
+    """However wide the rows are. M 80, S and R about 80, t 50 or 30: at most 8 numbers of 8 bytes for each."""
+    narrow, wide = (rank_pool.run(kept_for_backward, 2, dim) for dim in (1, 256))
+    assert narrow == wide
+    assert all(kept is not None and 0 < kept < 8 * 8 * 100 for kept in narrow)
+
+
 def turns() -> list[str]:
     called: list[str] = []
 
@@ -441,7 +464,8 @@ def test_a_run_prints_a_table_and_writes_json_and_a_plot(tmp_path: Path, capsys:
     document = json.loads(json_path.read_text())
     assert document["passed"] is True
     (workload,) = document["workloads"]
-    ours, textbook, careful, *floors = workload["lines"]
+    ours, weighing, textbook, careful, *floors = workload["lines"]
+    assert weighing["name"] == "experts weigh"
     assert [floor["name"] for floor in floors] == ["rank floor", "choice floor"]
     assert ours["forward"] == careful["forward"]
     assert (ours["forward"]["collectives"], ours["forward"]["host_syncs"]) == (3, 1)
@@ -558,7 +582,7 @@ def test_the_configs_of_the_project_load() -> None:
 def test_an_adapter_of_attention_is_timed_with_attention_only() -> None:
     adapter = f"{HERE}:CarefulUlysses"
     assert list(contenders_of("ulysses", adapter)) == ["ours", "textbook", "CarefulUlysses"]
-    assert list(contenders_of("dispatch", adapter)) == ["ours", "textbook"]
+    assert list(contenders_of("dispatch", adapter)) == ["ours", "experts weigh", "textbook"]
 
 
 def test_a_plot_without_a_finished_workload_says_so(tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
 class DispatchConfig:
-    """Tokens through identity experts: ``tokens`` on each rank, or a list with one number per rank."""
+    """Tokens through identity experts: ``tokens`` on each rank, or a list with one number per rank. ``turns``: how
+    often to time it in one repetition."""
 
     name: str = Field(min_length=1)
     ranks: int = Field(ge=1)
@@ -27,6 +28,7 @@ class DispatchConfig:
     top_k: int = Field(ge=1)
     dtype: Literal["bfloat16", "float16", "float32", "float64"]
     zipf: float = Field(default=0.0, ge=0)
+    turns: int = Field(default=1, ge=1)
 
     @property
     def tokens_per_rank(self) -> tuple[int, ...]:
@@ -36,7 +38,8 @@ class DispatchConfig:
     def shape(self) -> str:
         tokens = "+".join(map(str, self.tokens)) if isinstance(self.tokens, tuple) else f"{self.tokens} each"
         sizes = f"{self.ranks} ranks, tokens {tokens}, D {self.dim}, E {self.experts}, K {self.top_k}, {self.dtype}"
-        return f"{sizes}, Zipf {self.zipf:g}" if self.zipf else sizes
+        sizes += f", Zipf {self.zipf:g}" if self.zipf else ""
+        return sizes + (f", {self.turns} turns a repetition" if self.turns > 1 else "")
 
     def problem(self) -> str:
         if self.top_k > self.experts:
@@ -58,6 +61,7 @@ class UlyssesConfig:
     kv_heads: int = Field(ge=1)
     head_dim: int = Field(ge=1)
     dtype: Literal["bfloat16", "float16", "float32", "float64"]
+    turns: int = Field(default=1, ge=1)
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -67,7 +71,8 @@ class UlyssesConfig:
     def shape(self) -> str:
         seq = "+".join(map(str, self.seq)) if isinstance(self.seq, tuple) else str(self.seq)
         heads = f"N {self.heads}, G {self.kv_heads}, H {self.head_dim}"
-        return f"{self.ranks} ranks, B {self.batch}, S {seq}, {heads}, {self.dtype}"
+        turns = f", {self.turns} turns a repetition" if self.turns > 1 else ""
+        return f"{self.ranks} ranks, B {self.batch}, S {seq}, {heads}, {self.dtype}{turns}"
 
     def problem(self) -> str:
         if self.heads % self.kv_heads:

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import torch.distributed as dist
 from torch import Tensor
 
-from .ours import OurDispatch, OurUlysses
+from .ours import OurDispatch, OurDispatchWeighedByExperts, OurUlysses
 from .textbook import TextbookDispatch, TextbookUlysses
 
 
@@ -18,6 +18,9 @@ class Contender(Protocol):
     ``x_tD`` (t, D), ``expert_tK`` (t, K) int64 and ``weight_tK`` (t, K) float32, and returns ``y_tD``: every row
     sent to its experts, which are the identity, and the weighted sum of what they give. In a "ulysses" workload it
     gets ``q_BlNH``, ``k_BlGH`` and ``v_BlGH`` and returns ``out_BlNH``, where attention is ``q + (k + v)``.
+
+    ``experts_keep``, where there is such an attribute, are tensors that the experts of the last forward keep for
+    their own backward: they are not counted as kept.
     """
 
     def __init__(self, workload: Any, group: dist.ProcessGroup) -> None:
@@ -29,7 +32,11 @@ class Contender(Protocol):
 
 def contenders_of(kind: str, adapter: str) -> dict[str, type[Contender]]:
     """Name -> class of those that do workloads of this kind, ours first; ``adapter`` may be empty."""
-    of_dispatch: dict[str, type[Contender]] = {"ours": OurDispatch, "textbook": TextbookDispatch}
+    of_dispatch: dict[str, type[Contender]] = {
+        "ours": OurDispatch,
+        "experts weigh": OurDispatchWeighedByExperts,
+        "textbook": TextbookDispatch,
+    }
     of_ulysses: dict[str, type[Contender]] = {"ours": OurUlysses, "textbook": TextbookUlysses}
     found = of_dispatch if kind == "dispatch" else of_ulysses
     if adapter:

@@ -41,8 +41,9 @@ class Run:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
+        """Not the dispatcher's: the caller's, and what the experts of the last forward keep."""
         case = self.case
-        return *case.inputs, case.grad_out, case.out, *case.grads
+        return *case.inputs, case.grad_out, case.out, *case.grads, *getattr(self.contender, "experts_keep", ())
 
 
 def measure(
@@ -67,7 +68,7 @@ def measure(
         lines[name] = account(name, run)
     floors = floors_of(workload, group)
     lines |= {name: Line(name=name) for name in floors}
-    times = time_in_turns(runs | floors, repeat)
+    times = time_in_turns(runs | floors, repeat * config.turns)
     for name, of_name in times.items():
         forward_ms, both_ms = zip(*of_name, strict=True)
         lines[name] = replace(lines[name], forward_ms=forward_ms, both_ms=both_ms)
@@ -120,7 +121,7 @@ def account(name: str, run: Run) -> Line:
         name=name,
         forward=_traffic(forward),
         backward=_traffic(backward),
-        kept_bytes=bytes_kept(run.forward, run.tensors),
+        kept_bytes=bytes_kept(run.forward, lambda: run.tensors),
         peak_bytes=peak_bytes(lambda: run.backward(run.forward())),
     )
 

@@ -31,21 +31,21 @@ def allocator_in_force() -> tuple[str, ...]:
     )
 
 
-def bytes_kept(forward: Callable[[], Tensor], ours: Iterable[Tensor]) -> int:
+def bytes_kept(forward: Callable[[], Tensor], others: Callable[[], Iterable[Tensor]]) -> int:
     """Bytes that live after ``forward`` and did not before: unique storages, without that of the output.
 
     What autograd's own nodes saved is seen through ``saved_tensors_hooks``, what Python holds (a plan on the ``ctx``
     of a Function) through the garbage collector.
 
     Args:
-        ours: tensors of the caller, which do not count.
+        others: gives tensors that do not count, before the forward and after it.
     """
-    known = {*_live_storages(), *_storages(ours)}
+    known = {*_live_storages(), *_storages(others())}
     # a detached alias is a Python object of its own: it lives as long as the node, and makes no cycle
     with torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, lambda x: x):
         out = forward()
     after = _live_storages()
-    for storage in _storages([out]):
+    for storage in _storages([out, *others()]):
         after.pop(storage, None)
     return sum(size for storage, size in after.items() if storage not in known)
 
