@@ -77,6 +77,23 @@ def compare_one_step_and_two(rank: int) -> None:
     torch.testing.assert_close(names["moe_over_nodes"](x_BlD, *layer, mesh), wanted_BlD, rtol=0, atol=1e-12)
 
 
+def compare_fixed_and_counted(rank: int) -> None:
+    names, group = names_of(BLOCKS), dist.group.WORLD
+    assert group is not None
+    experts, sharding = Partition((2, 1, 3)), TokenSharding(batch=2, seq=Partition((3, 0, 2)))
+    block = names["Block"](8, experts, group).double()  # the same seed on every rank
+    x_BlD = torch.randn(*sharding.local_shape(rank), 8, dtype=torch.float64)
+    layer = block.moe.router, block.moe.experts, sharding, experts, group
+    sizes = names["StaticSizes"](rows_per_pair=6, rows=20)
+    found_BlD, plan = names["moe_of_fixed_sizes"](x_BlD, *layer, sizes)
+    plan.check()
+    assert torch.equal(found_BlD, names["moe"](x_BlD, *layer))
+
+
+def test_fixed_sizes_equal_counted_ones(rank_pool: RankPool) -> None:
+    rank_pool.run(compare_fixed_and_counted, 3)
+
+
 def test_two_steps_equal_one(rank_pool: RankPool) -> None:
     rank_pool.run(compare_one_step_and_two, 4)
 
