@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .exchange import Arrived, Transfer, start_exchange
+from .exchange import Arrived, Transfer, start_exchange_into
 from .metadata import DispatchMetadata
 from .payload import Payload
-from .row_sums import dot_rows, sum_rows, sum_weighted_rows, take_rows, weigh_rows
+from .row_sums import dot_rows, sum_rows, sum_weighted_rows, weigh_rows
 
 
 @dataclass(slots=True, eq=False)
@@ -28,15 +28,34 @@ class Flight:
     plan: DispatchMetadata
     _transfer: Transfer | Arrived | None = None
 
-    def depart(self, payload_SC: Tensor) -> None:
-        """Send rows to the experts' ranks: one per (token, rank)."""
-        plan = self.plan
-        self._transfer = start_exchange(payload_SC, plan.rows_sent, plan.rows_received, plan.group, spare=plan.spare)
+    def depart(self, payload: Payload, *tensors: Tensor) -> None:
+        """Send rows of the tensors to the experts' ranks: one per (token, rank). This rank's own are gathered where
+        they land, meanwhile."""
+        plan, device, (away, own) = self.plan, tensors[0].device, self._away_and_own()
+        token_of_away_S, token_of_own_S = plan.token_of_sent_S.split([away, own])
+        away_SC, landing_RC = payload.empty(away, device), payload.empty(plan.num_received + plan.spare, device)
+        payload.gather(token_of_away_S, tensors, out=away_SC)
+        self._transfer = start_exchange_into(landing_RC, away_SC, plan.rows_away, plan.rows_from_others, plan.group)
+        payload.gather(token_of_own_S, tensors, out=landing_RC[plan.num_received - own : plan.num_received])
+        if plan.spare:
+            landing_RC[plan.num_received :].zero_()
 
-    def depart_home(self, payload_RC: Tensor) -> None:
+    def depart_home(self, rows_RC: Tensor) -> None:
         """Send rows back to their tokens' ranks."""
-        plan = self.plan
-        self._transfer = start_exchange(payload_RC, plan.rows_received, plan.rows_sent, plan.group)
+        plan, (away, own) = self.plan, self._away_and_own()
+        rows_RC = rows_RC[: plan.num_received]
+        if len(plan.rows_sent) == 1:
+            self._transfer = Arrived(rows_RC)
+            return
+        from_RC, own_RC = rows_RC.split([plan.num_received - own, own])
+        landing_SC = rows_RC.new_empty(away + own, rows_RC.shape[1])
+        self._transfer = start_exchange_into(landing_SC, from_RC, plan.rows_from_others, plan.rows_away, plan.group)
+        landing_SC[away:] = own_RC
+
+    def _away_and_own(self) -> tuple[int, int]:
+        """How many of the rows sent go to other ranks, and to this one."""
+        own = self.plan.rows_sent[self.plan.rank]
+        return sum(self.plan.rows_sent) - own, own
 
     def land(self) -> Tensor:
         """The rows that came; nothing of them stays here."""
@@ -59,7 +78,7 @@ class _StartDispatch(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_tD: Tensor, weight_tK: Tensor, flight: Flight, payload: Payload) -> Tensor:
         ctx.flight, ctx.payload = flight, payload
-        flight.depart(payload.gather(flight.plan.token_of_sent_S, x_tD, weight_tK))
+        flight.depart(payload, x_tD, weight_tK)
         return x_tD.new_zeros(())
 
     @staticmethod
@@ -109,14 +128,15 @@ class _StartCombine(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, y_MD: Tensor, flight: Flight) -> Tensor:
-        ctx.flight, plan = flight, flight.plan
-        flight.depart_home(sum_rows(y_MD, plan.row_of_entry_M, plan.first_entry_R)[: plan.num_received])
+        ctx.flight, ctx.dtype, plan = flight, y_MD.dtype, flight.plan
+        flight.depart_home(sum_rows(y_MD, plan.row_of_entry_M, plan.first_entry_R))
         return y_MD.new_zeros(())
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return ctx.flight.land().index_select(0, ctx.flight.plan.received_of_row_M), None
+        grad_RD = ctx.flight.land().view(ctx.dtype)
+        return grad_RD.index_select(0, ctx.flight.plan.received_of_row_M), None
 
 
 class _StartWeightedCombine(torch.autograd.Function):
@@ -126,11 +146,10 @@ class _StartWeightedCombine(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, y_MD: Tensor, weight_M: Tensor, flight: Flight) -> Tensor:
-        ctx.flight, plan = flight, flight.plan
+        ctx.flight, ctx.dtype, plan = flight, y_MD.dtype, flight.plan
         ctx.save_for_backward(y_MD if ctx.needs_input_grad[1] else None, weight_M)
         weight_of_entry_M = weight_M[plan.row_of_entry_M]
-        y_RD = sum_weighted_rows(y_MD, weight_of_entry_M, plan.row_of_entry_M, plan.first_entry_R)
-        flight.depart_home(y_RD[: plan.num_received])
+        flight.depart_home(sum_weighted_rows(y_MD, weight_of_entry_M, plan.row_of_entry_M, plan.first_entry_R))
         return y_MD.new_zeros(())
 
     @staticmethod
@@ -138,7 +157,7 @@ class _StartWeightedCombine(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         y_MD, weight_M = ctx.saved_tensors
         received_of_row_M = ctx.flight.plan.received_of_row_M
-        grad_RD = ctx.flight.land()
+        grad_RD = ctx.flight.land().view(ctx.dtype)
         grad_y_MD = grad_weight_M = None
         if ctx.needs_input_grad[0]:
             grad_y_MD = weigh_rows(grad_RD, weight_M, received_of_row_M)
@@ -163,7 +182,7 @@ class _FinishCombine(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (grad_y_tD,) = grads
-        ctx.flight.depart(take_rows(grad_y_tD, ctx.flight.plan.token_of_sent_S))
+        ctx.flight.depart(Payload(grad_y_tD), grad_y_tD)
         return grad_y_tD.new_zeros(()), None
 
 

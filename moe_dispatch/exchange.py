@@ -51,47 +51,50 @@ class Arrived:
 
 
 def start_exchange(
-    rows: Tensor, sent: Sequence[int], received: Sequence[int], group: dist.ProcessGroup, *, spare: int = 0
+    rows: Tensor, sent: Sequence[int], received: Sequence[int], group: dist.ProcessGroup
 ) -> Transfer | Arrived:
     """:func:`exchange_rows` in the background: no gradient, no checks, contiguous rows, the result at ``wait()``.
 
     Compiled code waits here: torch.compile knows no collective in the background.
-
-    Args:
-        spare: how many rows of zeros to put behind those received.
     """
-    if len(sent) == 1 or torch.compiler.is_compiling():
-        return Arrived(move_rows(rows, sent, received, group, spare=spare))
-    out, work = _exchange(rows, sent, received, group, spare=spare, in_background=True)
-    assert work is not None  # it is of this group
-    return Transfer(rows, out, work)
+    if len(sent) == 1:
+        return Arrived(rows)
+    return start_exchange_into(_room_for(rows, received), rows, sent, received, group)
 
 
-def move_rows(
-    rows: Tensor, sent: Sequence[int], received: Sequence[int], group: dist.ProcessGroup, *, spare: int = 0
-) -> Tensor:
+def start_exchange_into(
+    out: Tensor, rows: Tensor, sent: Sequence[int], received: Sequence[int], group: dist.ProcessGroup
+) -> Transfer | Arrived:
+    """:func:`start_exchange` into the first rows of ``out``, which ``wait()`` gives whole: what the caller writes
+    behind them need not travel. A group of one rank moves nothing."""
+    if len(sent) == 1:
+        return Arrived(out)
+    work = _exchange(out[: sum(received)], rows, sent, received, group, not torch.compiler.is_compiling())
+    return Arrived(out) if work is None else Transfer(rows, out, work)
+
+
+def move_rows(rows: Tensor, sent: Sequence[int], received: Sequence[int], group: dist.ProcessGroup) -> Tensor:
     """:func:`exchange_rows` for autograd Functions: no gradient, no checks, contiguous rows."""
     if len(sent) == 1:
-        return torch.cat([rows, rows.new_zeros(spare, *rows.shape[1:])]) if spare else rows
-    return _exchange(rows, sent, received, group, spare=spare, in_background=False)[0]
+        return rows
+    out = _room_for(rows, received)
+    _exchange(out, rows, sent, received, group, in_background=False)
+    return out
+
+
+def _room_for(rows: Tensor, received: Sequence[int]) -> Tensor:
+    return rows.new_empty((sum(received), *rows.shape[1:]))
 
 
 def _exchange(
+    out: Tensor,
     rows: Tensor,
     sent: Sequence[int],
     received: Sequence[int],
     group: dist.ProcessGroup,
-    *,
-    spare: int,
     in_background: bool,
-) -> tuple[Tensor, dist.Work | None]:
-    num_received = sum(received)
-    whole = rows.new_empty((num_received + spare, *rows.shape[1:]))
-    out = whole
-    if spare:
-        out = whole[:num_received]
-        whole[num_received:].zero_()
-    return whole, dist.all_to_all_single(out, rows, list(received), list(sent), group=group, async_op=in_background)
+) -> dist.Work | None:
+    return dist.all_to_all_single(out, rows, list(received), list(sent), group=group, async_op=in_background)
 
 
 def check_group(group: dist.ProcessGroup | None, num_ranks: int, what: str) -> None:

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .dispatch import check_tokens, combine, dispatch
-from .exchange import move_rows
+from .dispatch import Flight, check_tokens, combine, dispatch
 from .hierarchy_plan import HierarchicalPlan
 from .metadata import DispatchMetadata
 from .payload import Payload
@@ -26,17 +25,17 @@ class _ToNodes(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_tD: Tensor, weight_tK: Tensor, between: DispatchMetadata) -> tuple[Tensor, Tensor]:
-        ctx.plan, ctx.payload = between, Payload(x_tD, weight_tK)
-        buffer_SC = ctx.payload.gather(between.token_of_sent_S, x_tD, weight_tK)
-        buffer_RC = move_rows(buffer_SC, between.rows_sent, between.rows_received, between.group)
-        x_RD, weight_RK = ctx.payload.read(buffer_RC)
+        ctx.flight, ctx.payload = Flight(between), Payload(x_tD, weight_tK)
+        ctx.flight.depart(ctx.payload, x_tD, weight_tK)
+        x_RD, weight_RK = ctx.payload.read(ctx.flight.land())
         return x_RD, weight_RK
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        between: DispatchMetadata = ctx.plan
-        buffer_SC = move_rows(ctx.payload.pack(*grads), between.rows_received, between.rows_sent, between.group)
+        flight, between = ctx.flight, ctx.flight.plan
+        flight.depart_home(ctx.payload.pack(*grads))
+        buffer_SC = flight.land()
         grad_x_tD, grad_weight_tK = (
             ctx.payload.sum_part(buffer_SC, part, between.sent_of_entry_S, between.first_entry_t) for part in range(2)
         )
@@ -50,16 +49,15 @@ class _FromNodes(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, y_RD: Tensor, between: DispatchMetadata) -> Tensor:
-        ctx.plan = between
-        y_SD = move_rows(y_RD.contiguous(), between.rows_received, between.rows_sent, between.group)
-        return sum_rows(y_SD, between.sent_of_entry_S, between.first_entry_t)
+        ctx.flight, ctx.dtype = Flight(between), y_RD.dtype
+        ctx.flight.depart_home(y_RD.contiguous())
+        return sum_rows(ctx.flight.land(), between.sent_of_entry_S, between.first_entry_t)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        between: DispatchMetadata = ctx.plan
-        grad_SD = grads[0].index_select(0, between.token_of_sent_S)
-        return move_rows(grad_SD, between.rows_sent, between.rows_received, between.group), None
+        ctx.flight.depart(Payload(grads[0]), grads[0])
+        return ctx.flight.land().view(ctx.dtype), None
 
 
 def dispatch_hierarchical(x_BlD: Tensor, weight_BlK: Tensor, plan: HierarchicalPlan) -> tuple[Tensor, Tensor]:

@@ -106,6 +106,10 @@ def plan_hierarchical(
     _check_groups(sharding, experts, nodes)
     per_node = [Partition(experts.sizes[rank] for rank in nodes.node(node)) for node in range(nodes.inter.size())]
     columns = [sharding.select(nodes.column(place)) for place in range(nodes.intra.size())]
+    # Inside, tokens are counted as they arrive from between nodes: this node's own come last.
+    home = nodes.inter.rank()
+    order = [*(node for node in range(nodes.inter.size()) if node != home), home]
+    arriving = [column.select(order) for column in columns]
     all_of_node = TokenSharding(batch=1, seq=Partition(sum(column.local_sizes) for column in columns))
     mine = per_node[nodes.inter.rank()]
     # A node without experts owes its part in the exchange too: it gets one that nobody chooses.
@@ -135,18 +139,18 @@ def plan_hierarchical(
             group=nodes.intra,
         )
         raise  # not reached: refuse_plan raises
-    arrivals = _Arrivals.of(between, columns[nodes.intra.rank()])
+    arrivals = _Arrivals.of(between, arriving[nodes.intra.rank()])
     plan = plan_dispatch(
         arrivals.expert_GK.unsqueeze(0), dim=dim, sharding=all_of_node, experts=held, group=nodes.intra, facts=facts
     )
-    return HierarchicalPlan(nodes=nodes, between=between, within=_renumbered(plan, arrivals, columns, mine))
+    return HierarchicalPlan(nodes=nodes, between=between, within=_renumbered(plan, arrivals, arriving, mine))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Arrivals:
     """What the plan between nodes says of the tokens that came.
 
-    G: tokens of the column, rank after rank. R: those that came.
+    G: tokens of the column, in the order in which they arrive. R: those that came.
     """
 
     g_of_received_R: Tensor

@@ -1,9 +1,9 @@
 """The plan of one dispatch: integers only, made once, replayed as often as needed.
 
 Four numberings meet here. *Sent* rows: one per distinct (token of mine, rank that needs it), by rank, then token.
-*Received* rows: the same seen from the other side, by source rank, then token. *Rows*: one per choice that fell on an
-expert of mine, by expert, then global token, then choice. *Entries*: the terms of a sum, so that every sum runs over
-consecutive entries.
+*Received* rows: the same seen from the other side, by source rank, then token. In both, what a rank sends to itself
+comes last: it stays here. *Rows*: one per choice that fell on an expert of mine, by expert, then global token, then
+choice. *Entries*: the terms of a sum, so that every sum runs over consecutive entries.
 """
 
 from collections.abc import Iterable, Iterator
@@ -70,8 +70,23 @@ class DispatchMetadata:
     first_entry_R: Tensor
 
     @property
+    def rows_away(self) -> tuple[int, ...]:
+        """Rows for each other rank."""
+        return _without(self.rows_sent, self.rank)
+
+    @property
+    def rows_from_others(self) -> tuple[int, ...]:
+        """Rows from each other rank."""
+        return _without(self.rows_received, self.rank)
+
+    @property
+    def num_sent(self) -> int:
+        """Rows for all ranks."""
+        return len(self.token_of_sent_S)
+
+    @property
     def num_received(self) -> int:
-        """Rows that came."""
+        """Rows from all ranks."""
         return sum(self.rows_received)
 
     @property
@@ -161,21 +176,21 @@ def plan_dispatch(
     arrivals = Arrivals.of(id_GK, grid)
     counts = (word_P, sent_P, arrivals.received_before_P1, arrivals.count_1)
     # The one copy to the host.
-    words, rows_sent, received_before, (num_rows,) = _split(torch.cat(counts).tolist(), map(len, counts))
+    words, sent, received_before, (num_rows,) = _split(torch.cat(counts).tolist(), map(len, counts))
     if set(words) != {grid.expected}:
         problem = problem_of_values(expert_BlK, weight_BlK, experts) if words[rank] == BAD else ""
         raise_on_every_rank(problem, grid.facts, device=expert_BlK.device, group=group)
-    rows_received = tuple(after - before for before, after in pairwise(received_before))
+    received = [after - before for before, after in pairwise(received_before)]
     return DispatchMetadata(
         local_shape=(*sharding.local_shape(rank), dim),
         sharding=sharding,
         experts=experts,
         rank=rank,
         group=group,
-        rows_sent=rows_sent,
-        rows_received=rows_received,
+        rows_sent=grid.by_rank(sent),
+        rows_received=grid.by_rank(received),
         expert_BlK=expert_BlK.clone(),
-        **departures.index(sum(rows_sent)),
+        **departures.index(sum(sent)),
         **arrivals.index(received_before[-1], num_rows),
     )
 
@@ -210,3 +225,7 @@ def _split(values: list[int], sizes: Iterable[int]) -> Iterator[tuple[int, ...]]
     for size in sizes:
         yield tuple(values[start : start + size])
         start += size
+
+
+def _without(counts: tuple[int, ...], rank: int) -> tuple[int, ...]:
+    return (*counts[:rank], 0, *counts[rank + 1 :])

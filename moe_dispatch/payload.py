@@ -4,6 +4,8 @@ A gather writes straight into the buffer before the exchange and reads straight 
 *words*, ints of the size of the narrowest dtype, at which any part of a row can start.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -19,19 +21,22 @@ class Payload:
         self._word = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[size]
         self._widths = [rows.shape[1] * rows.itemsize // size for rows in like]
 
+    def empty(self, num_rows: int, device: torch.device) -> Tensor:
+        """(num_rows, bytes of a row), to be filled."""
+        row_bytes = sum(self._widths) * self._word.itemsize
+        return torch.empty(num_rows, row_bytes, dtype=torch.uint8, device=device)
+
     def pack(self, *row_tensors_N: Tensor) -> Tensor:
         """(N, bytes of a row): the rows side by side."""
-        buffer_NC = self._empty(len(row_tensors_N[0]), row_tensors_N[0].device)
+        buffer_NC = self.empty(len(row_tensors_N[0]), row_tensors_N[0].device)
         for part, rows in zip(self._split(buffer_NC), row_tensors_N, strict=True):
             part.copy_(self._as_words(rows))
         return buffer_NC
 
-    def gather(self, row_of_N: Tensor, *row_tensors: Tensor) -> Tensor:
-        """:meth:`pack` of rows ``row_of_N`` of the tensors, in one pass."""
-        buffer_NC = self._empty(len(row_of_N), row_of_N.device)
-        for part, rows in zip(self._split(buffer_NC), row_tensors, strict=True):
+    def gather(self, row_of_N: Tensor, row_tensors: Sequence[Tensor], out: Tensor) -> None:
+        """:meth:`pack` of rows ``row_of_N`` of the tensors into ``out``, (N, bytes of a row), in one pass."""
+        for part, rows in zip(self._split(out), row_tensors, strict=True):
             take_rows(self._as_words(rows), row_of_N, out=part)
-        return buffer_NC
 
     def read(self, buffer_NC: Tensor) -> list[Tensor]:
         """The parts, each in its dtype; a view where that is as wide as a word."""
@@ -56,10 +61,6 @@ class Payload:
     def read_rows(self, buffer_NC: Tensor, part: int, row_of_M: Tensor) -> Tensor:
         """Rows ``row_of_M`` of one part, in one pass."""
         return self._split(buffer_NC)[part].index_select(0, row_of_M).view(self._dtypes[part])
-
-    def _empty(self, num_rows: int, device: torch.device) -> Tensor:
-        row_bytes = sum(self._widths) * self._word.itemsize
-        return torch.empty(num_rows, row_bytes, dtype=torch.uint8, device=device)
 
     def _split(self, buffer_NC: Tensor) -> tuple[Tensor, ...]:
         return buffer_NC.view(self._word).split(self._widths, dim=1)

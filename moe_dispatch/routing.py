@@ -38,8 +38,8 @@ class RoutingExchange:
         return cls(transfer, grid)
 
     def wait(self) -> tuple[Tensor, Tensor]:
-        """(G, K) ids plus one of the group's tokens, rank after rank, 0 for "no expert", none of them above E;
-        (ranks,) int64 words."""
+        """(G, K) ids plus one of the group's tokens, in the order of the grid, 0 for "no expert", none above E; and
+        the words of all ranks, (ranks,) int64."""
         grid, words = self.grid, self.transfer.wait()
         id_GK = words.index_select(0, grid.step_GS).view(grid.id_dtype).view(len(grid.token_of_G), grid.ids_of_token)
         # A peer that believes in more experts is found out by its word, after these ids have been used as indices.

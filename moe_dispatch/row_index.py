@@ -12,17 +12,18 @@ from .grid import Grid
 class Departures:
     """Which rank needs which of my tokens. Known before the routing of the others has come.
 
-    P: ranks, t: my tokens.
+    P: ranks, in the order of the grid; t: my tokens.
     """
 
+    grid: Grid
     needed_Pt: Tensor
 
     @classmethod
     def of(cls, id_tK: Tensor, grid: Grid) -> "Departures":
         """``id_tK``: expert ids plus one, 0 for "no expert"."""
-        place_tK = grid.rank_of_id_E.index_select(0, id_tK.flatten()).view(id_tK.shape)
+        place_tK = grid.place_of_id_E.index_select(0, id_tK.flatten()).view(id_tK.shape)
         needed = torch.zeros(len(grid.received) + 1, len(id_tK), dtype=torch.bool, device=id_tK.device)
-        return cls(needed.scatter_(0, place_tK.T, True)[1:])
+        return cls(grid, needed.scatter_(0, place_tK.T, True)[1:])
 
     @property
     def count_P(self) -> Tensor:
@@ -31,12 +32,16 @@ class Departures:
 
     def index(self, num_sent: int) -> dict[str, Tensor]:
         """My tokens -> sent rows, and back."""
-        token_of_sent_S = torch.nonzero_static(self.needed_Pt, size=num_sent)[:, 1].contiguous()
-        token_of_entry_S, sent_of_entry_S = token_of_sent_S.sort(stable=True)
+        place_of_sent_S, token_of_sent_S = torch.nonzero_static(self.needed_Pt, size=num_sent).unbind(1)
+        token_of_sent_S = token_of_sent_S.contiguous()
+        # By token, then rank: the order of a sum does not depend on where the token lives.
+        ranks, tokens = self.needed_Pt.shape
+        key_of_sent_S = self.grid.order_P.index_select(0, place_of_sent_S).add(token_of_sent_S, alpha=ranks)
+        key_of_entry_S, sent_of_entry_S = key_of_sent_S.sort()
         return {
             "token_of_sent_S": token_of_sent_S,
             "sent_of_entry_S": sent_of_entry_S,
-            "first_entry_t": starts(token_of_entry_S, self.needed_Pt.shape[1]),
+            "first_entry_t": starts(key_of_entry_S, tokens, step=ranks),
         }
 
 
@@ -44,41 +49,41 @@ class Departures:
 class Arrivals:
     """Which choices of the group's tokens fell on my experts.
 
-    G: tokens of the group, rank after rank.
+    G: tokens of the group, in the order of the grid.
     """
 
     grid: Grid
-    place_GK: Tensor  # flat: 1 + my expert of each choice; 0 for the choices that fell elsewhere
+    mine_GK: Tensor  # flat: 1 + my expert of each choice; 0 for the choices that fell elsewhere
     received_before_G1: Tensor  # rows that came before each token, and of all
 
     @classmethod
     def of(cls, id_GK: Tensor, grid: Grid) -> "Arrivals":
         """``id_GK``: expert ids plus one, 0 for "no expert"."""
-        place_GK = grid.place_of_id_E.index_select(0, id_GK.view(-1))
-        received_before_G1 = place_GK.new_zeros(len(id_GK) + 1)
-        torch.cumsum(place_GK.view(id_GK.shape).any(1), 0, out=received_before_G1[1:])
-        return cls(grid, place_GK, received_before_G1)
+        mine_GK = grid.mine_of_id_E.index_select(0, id_GK.view(-1))
+        received_before_G1 = mine_GK.new_zeros(len(id_GK) + 1)
+        torch.cumsum(mine_GK.view(id_GK.shape).any(1), 0, out=received_before_G1[1:])
+        return cls(grid, mine_GK, received_before_G1)
 
     @property
     def count_1(self) -> Tensor:
         """Rows of all my experts."""
-        return self.place_GK.count_nonzero().view(1)
+        return self.mine_GK.count_nonzero().view(1)
 
     @property
     def received_before_P1(self) -> Tensor:
-        """Rows that came from the ranks before each rank, and from all."""
+        """Rows that came from before each place, and from all."""
         return self.received_before_G1.index_select(0, self.grid.start_P1)
 
     def index(self, num_received: int, num_rows: int) -> dict[str, Tensor]:
         """Received rows -> rows of my experts, and back."""
         grid = self.grid
         # Choices are in (received row, choice) order, so a stable sort leaves those of a token in order.
-        flat_of_entry_M = torch.nonzero_static(self.place_GK, size=num_rows)[:, 0]
+        flat_of_entry_M = torch.nonzero_static(self.mine_GK, size=num_rows)[:, 0]
         g_of_entry_M = flat_of_entry_M // grid.num_choices
         token_of_entry_M = grid.token_of_G.index_select(0, g_of_entry_M)
-        place_of_entry_M = self.place_GK.index_select(0, flat_of_entry_M)
+        mine_of_entry_M = self.mine_GK.index_select(0, flat_of_entry_M)
         received_of_entry_M = self.received_before_G1.index_select(0, g_of_entry_M)
-        key_of_entry_M = token_of_entry_M.add(place_of_entry_M, alpha=grid.num_tokens)
+        key_of_entry_M = token_of_entry_M.add(mine_of_entry_M, alpha=grid.num_tokens)
         key_of_row_M, entry_of_row_M = key_of_entry_M.sort(stable=True)
         return {
             "rows_per_expert_e": torch.searchsorted(key_of_row_M, grid.first_key_e1).diff(),
@@ -90,9 +95,11 @@ class Arrivals:
         }
 
 
-def starts(thing_of_entry: Tensor, num_things: int) -> Tensor:
-    """Where the entries of each thing start; entries are in the order of their things."""
-    return torch.searchsorted(thing_of_entry, torch.arange(num_things, device=thing_of_entry.device))
+def starts(key_of_entry: Tensor, num_things: int, step: int = 1) -> Tensor:
+    """Where the entries of each thing start; entries are in the order of their keys, and thing i has those from
+    ``i * step`` on."""
+    first_keys = torch.arange(0, num_things * step, step, device=key_of_entry.device)
+    return torch.searchsorted(key_of_entry, first_keys)
 
 
 def inverse(permutation: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """From the routing of a group to the index tensors of one rank's plan of fixed sizes.
 
-Rows travel in *slots*: ``rows_per_pair`` of them from each rank to each, filled from the first on, in the order of
-the tokens. What does not fit is left out, here and on the other side alike.
+Rows travel in *slots*: ``rows_per_pair`` of them from each rank to each, in the order of the grid, filled from the
+first on, in the order of the tokens. What does not fit is left out, here and on the other side alike.
 """
 
 from dataclasses import dataclass
@@ -37,31 +37,32 @@ def index_departures(departures: Departures, sizes: StaticSizes) -> dict[str, Te
     token_Pt = torch.arange(tokens, device=needed_Pt.device).expand(ranks, tokens)
     token_of_slot_S1 = first_P1.new_full((num_sent + 1,), tokens)
     token_of_sent_S = token_of_slot_S1.scatter_(0, slot_Pt.flatten(), token_Pt.flatten())[:-1]
-    token_of_entry_S, sent_of_entry_S = token_of_sent_S.sort(stable=True)
+    rank_of_sent_S = departures.grid.order_P.repeat_interleave(in_pair, output_size=num_sent)
+    key_of_entry_S, sent_of_entry_S = rank_of_sent_S.add(token_of_sent_S, alpha=ranks).sort()
     return {
         "token_of_sent_S": torch.where(token_of_sent_S < tokens, token_of_sent_S, 0),
         "sent_of_entry_S": sent_of_entry_S,
-        "first_entry_t": _starts_and_rest(token_of_entry_S, tokens),
+        "first_entry_t": _starts_and_rest(key_of_entry_S, tokens, step=ranks),
     }
 
 
-def index_arrivals(place_GK: Tensor, grid: Grid, sizes: StaticSizes) -> dict[str, Tensor]:
+def index_arrivals(mine_GK: Tensor, grid: Grid, sizes: StaticSizes) -> dict[str, Tensor]:
     """Received slots -> rows of my experts, and back.
 
     Args:
-        place_GK: flat, 1 + my expert of each choice; 0 for the choices that fell elsewhere.
+        mine_GK: flat, 1 + my expert of each choice; 0 for the choices that fell elsewhere.
     """
     num_received, num_choices = len(grid.received) * sizes.rows_per_pair, grid.num_choices
     after_mine = len(grid.first_key_e1) + 1
-    slot_G = _received_slots(place_GK.view(-1, num_choices).any(1), grid, sizes.rows_per_pair)
+    slot_G = _received_slots(mine_GK.view(-1, num_choices).any(1), grid, sizes.rows_per_pair)
     fits_GK = (slot_G < num_received).repeat_interleave(num_choices)
     # One token more, behind the last: of the entries that are not used. It comes after all in the order of the rows.
-    flat_of_entry_M = torch.nonzero_static(place_GK * fits_GK, size=sizes.rows, fill_value=len(place_GK))[:, 0]
+    flat_of_entry_M = torch.nonzero_static(mine_GK * fits_GK, size=sizes.rows, fill_value=len(mine_GK))[:, 0]
     g_of_entry_M = flat_of_entry_M // num_choices
     token_of_entry_M = _with_last(grid.token_of_G, -1).index_select(0, g_of_entry_M)
-    place_of_entry_M = _with_last(place_GK, after_mine).index_select(0, flat_of_entry_M)
+    mine_of_entry_M = _with_last(mine_GK, after_mine).index_select(0, flat_of_entry_M)
     slot_of_entry_M = _with_last(slot_G, num_received).index_select(0, g_of_entry_M)
-    key_of_entry_M = token_of_entry_M.add(place_of_entry_M, alpha=max(grid.num_tokens, 1))
+    key_of_entry_M = token_of_entry_M.add(mine_of_entry_M, alpha=max(grid.num_tokens, 1))
     key_of_row_M, entry_of_row_M = key_of_entry_M.sort(stable=True)
     return {
         "rows_per_expert_e": torch.searchsorted(key_of_row_M, grid.first_key_e1).diff(),
@@ -75,15 +76,15 @@ def index_arrivals(place_GK: Tensor, grid: Grid, sizes: StaticSizes) -> dict[str
 
 def needed_sizes(id_GK: Tensor, grid: Grid) -> Tensor:
     """(2,) the most rows that any rank has for any rank, and the most rows that any rank's experts get."""
-    ranks = len(grid.received)
-    place_GK = grid.rank_of_id_E.index_select(0, id_GK.flatten()).view(id_GK.shape)
-    ones_GK = torch.ones_like(place_GK)
-    rows_P = place_GK.new_zeros(ranks + 1).scatter_add_(0, place_GK.flatten(), ones_GK.flatten())[1:]
-    sorted_GK = place_GK.sort(1).values
+    ranks = len(grid.order)
+    to_GK = grid.place_of_id_E.index_select(0, id_GK.flatten()).view(id_GK.shape)
+    ones_GK = torch.ones_like(to_GK)
+    rows_P = to_GK.new_zeros(ranks + 1).scatter_add_(0, to_GK.flatten(), ones_GK.flatten())[1:]
+    sorted_GK = to_GK.sort(1).values
     again_GK = torch.zeros_like(sorted_GK, dtype=torch.bool)
     again_GK[:, 1:] = sorted_GK[:, 1:] == sorted_GK[:, :-1]
-    pair_GK = grid.rank_of_G.unsqueeze(1) * (ranks + 1) + sorted_GK.masked_fill(again_GK, 0)
-    pairs_PP = place_GK.new_zeros(ranks, ranks + 1).view(-1).scatter_add_(0, pair_GK.flatten(), ones_GK.flatten())
+    pair_GK = grid.place_of_G.unsqueeze(1) * (ranks + 1) + sorted_GK.masked_fill(again_GK, 0)
+    pairs_PP = to_GK.new_zeros(ranks * (ranks + 1)).scatter_add_(0, pair_GK.flatten(), ones_GK.flatten())
     return torch.stack([pairs_PP.view(ranks, ranks + 1)[:, 1:].max(), rows_P.max()])
 
 
@@ -92,15 +93,15 @@ def _received_slots(here_G: Tensor, grid: Grid, in_pair: int) -> Tensor:
     before_G1 = torch.zeros(len(here_G) + 1, dtype=torch.int64, device=here_G.device)
     torch.cumsum(here_G, 0, out=before_G1[1:])
     first_P = before_G1.index_select(0, grid.start_P1[:-1])
-    number_G = before_G1[:-1] - first_P.index_select(0, grid.rank_of_G)
-    slot_G = grid.rank_of_G * in_pair + number_G
+    number_G = before_G1[:-1] - first_P.index_select(0, grid.place_of_G)
+    slot_G = grid.place_of_G * in_pair + number_G
     return torch.where(here_G & (number_G < in_pair), slot_G, len(grid.received) * in_pair)
 
 
-def _starts_and_rest(thing_of_entry: Tensor, num_things: int) -> Tensor:
-    """Where the entries of each thing start, and then bags of those that belong to none."""
-    num_entries = len(thing_of_entry)
-    start = starts(thing_of_entry, num_things + 1)
+def _starts_and_rest(key_of_entry: Tensor, num_things: int, step: int = 1) -> Tensor:
+    """:func:`starts`, and then bags of the entries that belong to none, whose keys are the largest."""
+    num_entries = len(key_of_entry)
+    start = starts(key_of_entry, num_things + 1, step)
     bag_1 = torch.arange(1, -(-num_entries // UNUSED_PER_BAG), device=start.device)
     return torch.cat([start, (start[-1] + bag_1 * UNUSED_PER_BAG).clamp_(max=num_entries)])
 

@@ -134,5 +134,5 @@ def plan_static(
         report_P2=torch.cat([word_P, needed_2]),
         doubt=torch.where(problem, torch.nan, 0.0),
         **departures,
-        **index_arrivals(Arrivals.of(id_GK, grid).place_GK, grid, sizes),
+        **index_arrivals(Arrivals.of(id_GK, grid).mine_GK, grid, sizes),
     )

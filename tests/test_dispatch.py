@@ -476,6 +476,42 @@ def test_experts_see_the_same_rows_for_any_sharding(rank_pool: RankPool, order: 
             assert got.equal(want), (batch, seq, sizes)
 
 
+def combined(rank: int, case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens of this rank, their outputs and the gradients of their inputs, for experts that are the identity."""
+    sharding = sharding_of(case.layout)
+    x_BlD = case.layout.cut(case.x_BLD)[rank].to(dtype).requires_grad_()
+    plan = plan_dispatch(
+        case.layout.cut(case.expert_BLK)[rank],
+        dim=x_BlD.shape[2],
+        sharding=sharding,
+        experts=Partition(case.experts),
+        group=world(),
+    )
+    weight_BlK = chosen_weights(case.layout.cut(case.logits_BLE)[rank], case.layout.cut(case.expert_BLK)[rank])
+    x_MD, weight_M = dispatch(x_BlD, weight_BlK, plan)
+    y_BlD = combine(x_MD.sin(), plan, weight_M)
+    (grad_BlD,) = torch.autograd.grad(y_BlD, x_BlD, case.layout.cut(case.grad_BLF)[rank].to(dtype))
+    return sharding.tokens(rank), y_BlD.detach().flatten(0, 1), grad_BlD.flatten(0, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("order", ["BL", "LB"])
+def test_a_token_has_the_same_bits_on_any_rank(rank_pool: RankPool, order: Order, dtype: torch.dtype) -> None:
+    """Sums run over ranks in their order, not over this rank last, though its rows do not travel."""
+    torch.manual_seed(101)
+    cuts = [((3,), (7, 0, 0)), ((3,), (0, 0, 7)), ((3,), (2, 4, 1)), ((1, 2, 0), (7,))]
+    first = make_case(
+        Layout(batch=(3,), seq=(7, 0, 0), order=order), "uniform", experts=(2, 3, 1), num_choices=6, dim=8, width=8
+    )
+    found = []
+    for batch, seq in cuts:
+        case = dataclasses.replace(first, layout=Layout(batch=batch, seq=seq, order=order))
+        token_T, *rows = map(torch.cat, zip(*rank_pool.run(combined, 3, case, dtype), strict=True))
+        found.append([of_rank_TD[token_T.argsort()] for of_rank_TD in rows])
+    for got in found[1:]:
+        assert all(map(torch.equal, got, found[0]))
+
+
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_inputs_and_the_plan_are_left_as_they_were(rank_pool: RankPool, ranks: int) -> None:
     torch.manual_seed(110)
@@ -563,8 +599,8 @@ def test_a_plan_drawn_by_hand(rank_pool: RankPool) -> None:
     #    0  1  |   2                            (2, -) (2, 1) | (-, -)
     #    3  4  |   5
     #
-    # rank 0 sends 0 1 4 to rank 0, and 0 3 4 to rank 1; rank 1 sends 2 to rank 0.
-    # rank 0 receives 0 1 4 2 and makes of them the rows   expert 0: 0 2, expert 1: 1 1 2 4.
+    # rank 0 sends 0 3 4 to rank 1, and 0 1 4 to itself; rank 1 sends 2 to rank 0.
+    # rank 0 receives 2 0 1 4 and makes of them the rows   expert 0: 0 2, expert 1: 1 1 2 4.
     # rank 1 receives 0 3 4 and makes of them the rows     expert 2: 0 3 4.
     shared = {"sharding": TokenSharding(batch=2, seq=Partition((2, 1))), "experts": Partition((2, 1))}
     rank_0 = {
@@ -575,13 +611,13 @@ def test_a_plan_drawn_by_hand(rank_pool: RankPool) -> None:
         "expert_BlK": [[[2, 0], [1, 1]], [[2, -1], [2, 1]]],
         "rows_per_expert_e": [2, 4],
         "token_of_row_M": [0, 2, 1, 1, 2, 4],
-        "received_of_row_M": [0, 3, 1, 1, 3, 2],
+        "received_of_row_M": [1, 0, 2, 2, 0, 3],
         "choice_of_row_M": [1, 0, 0, 1, 1, 1],
-        "token_of_sent_S": [0, 1, 3, 0, 2, 3],
-        "sent_of_entry_S": [0, 3, 1, 4, 2, 5],  # tokens 0: to both ranks, 1: to 0, 3: to 1, 4: to both
+        "token_of_sent_S": [0, 2, 3, 0, 1, 3],
+        "sent_of_entry_S": [3, 0, 4, 1, 5, 2],  # tokens 0: to ranks 0 and 1, 1: to 0, 3: to 1, 4: to 0 and 1
         "first_entry_t": [0, 2, 3, 4],
-        "row_of_entry_M": [0, 2, 3, 5, 1, 4],  # received 0: one row, 1: two, 4: one, 2: two
-        "first_entry_R": [0, 1, 3, 4],
+        "row_of_entry_M": [1, 4, 0, 2, 3, 5],  # received 2: two rows, 0: one, 1: two, 4: one
+        "first_entry_R": [0, 2, 3, 5],
     }
     rank_1 = {
         "rank": 1,

@@ -45,7 +45,7 @@ class _Noted(torch.autograd.Function):
 def noted_exchanges(events: list[str]) -> Iterator[None]:
     """Says when an exchange of rows starts and when it is waited for."""
     module: Any = import_module("moe_dispatch.dispatch")  # the package has a function of that name
-    start_exchange = module.start_exchange
+    start_exchange_into = module.start_exchange_into
 
     class Watched:
         def __init__(self, transfer: Any) -> None:
@@ -55,15 +55,15 @@ def noted_exchanges(events: list[str]) -> Iterator[None]:
             events.append("wait")
             return self.transfer.wait()
 
-    def start(*args: Any, **options: Any) -> Any:
+    def start(*args: Any) -> Any:
         events.append("start")
-        return Watched(start_exchange(*args, **options))
+        return Watched(start_exchange_into(*args))
 
-    module.start_exchange = start
+    module.start_exchange_into = start
     try:
         yield
     finally:
-        module.start_exchange = start_exchange
+        module.start_exchange_into = start_exchange_into
 
 
 def made(rank: int) -> tuple[Tensor, Tensor, DispatchMetadata]:

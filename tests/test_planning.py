@@ -269,7 +269,7 @@ def test_a_prediction_by_hand() -> None:
     assert (choice.rows_sent, choice.intra_bytes, choice.inter_bytes, choice.plan_inter_bytes) == (50, 0, 20, 8)
     assert (rank.rows_sent, rank.intra_bytes, rank.inter_bytes, rank.plan_inter_bytes) == (50, 0, 22, 404)
     assert node.inter_bytes == 22
-    assert (rank.mean_rows, rank.fullest_rows, rank.payload_bytes, rank.row_bytes) == (100, 100, 200 * 24, 2000)
+    assert (rank.mean_rows, rank.fullest_rows, rank.payload_bytes, rank.row_bytes) == (100, 100, 150 * 24, 2000)
     # Five collectives: 404 bytes, 1200 and 1000, and these again; 1 GB/s is 1e-6 ms for a byte.
     assert rank.milliseconds == pytest.approx(5 * 7e-3 + (404 + 2 * 1200 + 2 * 1000) * 1e-6)
 

@@ -81,7 +81,8 @@ def test_a_payload_gives_back_the_bits(dtypes: tuple[torch.dtype, torch.dtype], 
         assert packed.shape == (7, row_bytes)
         assert packed.dtype == torch.uint8
         assert all(map(torch.equal, payload.read(packed), (x_ND, w_NK)))
-    gathered = payload.gather(ENTRIES, transposed_ND, w_NK)
+    gathered = payload.empty(len(ENTRIES), x_ND.device)
+    payload.gather(ENTRIES, (transposed_ND, w_NK), out=gathered)
     assert all(map(torch.equal, payload.read(gathered), (x_ND[ENTRIES], w_NK[ENTRIES])))
     assert payload.read_rows(gathered, 0, FIRST).equal(x_ND[ENTRIES][FIRST])
     for part, rows in enumerate((x_ND, w_NK)):

@@ -221,7 +221,8 @@ def check_bytes(forward: list[Call], backward: list[Call], rank: int, sizes: Siz
     ranks, num_choices = len(sizes.experts), sizes.expert_BLK.shape[2]
     tokens = [piece[..., 0].numel() for piece in sizes.layout.cut(sizes.expert_BLK)]
     crossed = crossings(sizes.layout, sizes.experts, sizes.expert_BLK)
-    num_sent, num_received = sum(crossed[rank]), sum(source[rank] for source in crossed)
+    own = crossed[rank][rank]  # these stay
+    num_sent, num_received = sum(crossed[rank]) - own, sum(source[rank] for source in crossed) - own
     row, width = sizes.dim * sizes.x_dtype.itemsize, sizes.width * sizes.x_dtype.itemsize
     weights = num_choices * sizes.weight_dtype.itemsize
     assert weights <= 4 * num_choices + 16

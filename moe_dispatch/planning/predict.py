@@ -170,7 +170,7 @@ def _numbers(config: PlanConfig, traffic: Traffic) -> dict[str, float]:
     forward = [*plan, *forth, *back]
     backward = [*_turned(back), *_turned(forth)]
     fullest_rows = traffic.rows_P.max().item()
-    payload_P = sum((rows_PP.sum(0) + rows_PP.sum(1) for rows_PP in traffic.ways), torch.zeros(()))
+    payload_P = sum((rows_PP.sum(0) + rows_PP.sum(1) for rows_PP in traffic.ways), sum(traffic.kept, torch.zeros(())))
 
     def mean(legs: Sequence[Sequence[Tensor]], link: int) -> float:
         return sum(leg[link].double().mean().item() for leg in legs)

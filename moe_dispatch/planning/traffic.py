@@ -1,6 +1,7 @@
 """From a demand to the bytes of every collective of a layer, for three ways to dispatch.
 
-Each collective is a *leg*: [source, destination] bytes, what stays on a rank included, as the collective gets them.
+Each collective is a *leg*: [source, destination] bytes, as the collective gets them. What stays on a rank is in the
+legs of the plan and of the textbook; our rows that stay are in none.
 ``tests/test_planning.py`` compares the legs of counted demands with the collectives of real runs, to the byte.
 """
 
@@ -41,12 +42,14 @@ class Traffic:
     Attributes:
         plan: bytes of each leg of the plan.
         ways: rows of each leg of the dispatch; combine and backward go the same ways, forth and home.
+        kept: rows of each rank that stay there, for each leg, where they do not travel.
         there, home: bytes of a row of dispatch, and of combine.
         rows_P: rows of each rank's experts.
     """
 
     plan: tuple[Tensor, ...]
     ways: tuple[Tensor, ...]
+    kept: tuple[Tensor, ...]
     there: int
     home: int
     rows_P: Tensor
@@ -72,6 +75,7 @@ def row_per_choice(demand: Demand, widths: Widths) -> Traffic:
     return Traffic(
         plan=(counts_PP,),
         ways=(demand.choices_PP,),
+        kept=(torch.zeros(len(sizes_P)),),
         there=widths.row,
         home=widths.row,
         rows_P=demand.choices_PP.sum(0),
@@ -83,9 +87,11 @@ def row_per_rank(demand: Demand, widths: Widths) -> Traffic:
     ranks = len(demand.experts)
     message_P = routing_bytes(demand.tokens_P, widths.num_choices, demand.experts.total)
     plan = (message_P.unsqueeze(1).expand(ranks, ranks),)
+    ways, kept = _travelling(demand.tokens_PP)
     return Traffic(
         plan=plan,
-        ways=(demand.tokens_PP,),
+        ways=ways,
+        kept=kept,
         there=widths.weighted_row,
         home=widths.row,
         rows_P=demand.choices_PP.sum(0),
@@ -110,13 +116,21 @@ def row_per_node(demand: Demand, widths: Widths) -> Traffic:
     inside_P = torch.cat(inside)
     first_P = routing_bytes(demand.tokens_P, widths.num_choices, demand.experts.total)
     plan = (first_P.unsqueeze(1) * column_PP, inside_P.unsqueeze(1) * node_PP)
+    ways, kept = _travelling(between_PP, within_PP)
     return Traffic(
         plan=plan,
-        ways=(between_PP, within_PP),
+        ways=ways,
+        kept=kept,
         there=widths.weighted_row,
         home=widths.row,
         rows_P=demand.choices_PP.sum(0),
     )
+
+
+def _travelling(*legs: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """The rows of each leg that go to another rank, and those that stay."""
+    kept = tuple(rows_PP.diagonal() for rows_PP in legs)
+    return tuple(rows_PP - own_P.diag() for rows_PP, own_P in zip(legs, kept, strict=True)), kept
 
 
 def routing_bytes(tokens: Tensor, num_choices: int, num_experts: int) -> Tensor:
