@@ -42,15 +42,16 @@ def needed_chances(sizes: Sequence[int], *, num_choices: int, groups: int, limit
     group_size = sum(sizes) // groups
     reach = limited_groups * group_size
     sets = comb(groups, limited_groups) * comb(reach, num_choices)
-    known: dict[tuple[int, ...], float] = {}
+    known: dict[tuple[int, int], float] = {}
     found, first = [], 0
     for size in sizes:
-        # How many experts of the piece are in each group that it touches; the order does not matter.
-        per_group = tuple(sorted(Counter(expert // group_size for expert in range(first, first + size)).values()))
-        if per_group not in known:
+        place = (first % group_size, size)  # as good as another piece of this size, at this place in its group
+        if place not in known:
+            # How many experts of the piece are in each group that it touches.
+            per_group = tuple(Counter(expert // group_size for expert in range(first, first + size)).values())
             ways = _held_ways(per_group, groups, limited_groups)
-            known[per_group] = 1 - sum(n * comb(reach - held, num_choices) for held, n in ways.items()) / sets
-        found.append(known[per_group])
+            known[place] = 1 - sum(n * comb(reach - held, num_choices) for held, n in ways.items()) / sets
+        found.append(known[place])
         first += size
     return found
 
