@@ -35,7 +35,7 @@ def status_word(wanted_tK: Tensor, id_tK: Tensor, weight_BlK: Tensor | None, exp
     bad_tK = wanted_tK != id_tK
     if weight_BlK is not None:
         bad_tK = bad_tK.logical_or_(weight_BlK.isnan().flatten(0, 1))
-    return torch.where(bad_tK.any(), BAD, expected)
+    return torch.full((), expected, device=id_tK.device).masked_fill_(bad_tK.any(), BAD)
 
 
 def problem_of_values(expert_BlK: Tensor, weight_BlK: Tensor | None, experts: Partition) -> str:

@@ -2,6 +2,8 @@
 
 Rows travel in *slots*: ``rows_per_pair`` of them from each rank to each, in the order of the grid, filled from the
 first on, in the order of the tokens. What does not fit is left out, here and on the other side alike.
+
+``torch.where`` with a number is avoided: it copies the number to the device, which a graph cannot capture.
 """
 
 from dataclasses import dataclass
@@ -33,14 +35,14 @@ def index_departures(departures: Departures, sizes: StaticSizes) -> dict[str, Te
     number_Pt = needed_Pt.cumsum(1) - 1
     first_P1 = torch.arange(0, num_sent, in_pair, device=needed_Pt.device).unsqueeze(1)
     # One slot more, for all that has none.
-    slot_Pt = torch.where(needed_Pt & (number_Pt < in_pair), first_P1 + number_Pt, num_sent)
+    slot_Pt = (first_P1 + number_Pt).masked_fill_(~needed_Pt | (number_Pt >= in_pair), num_sent)
     token_Pt = torch.arange(tokens, device=needed_Pt.device).expand(ranks, tokens)
     token_of_slot_S1 = first_P1.new_full((num_sent + 1,), tokens)
     token_of_sent_S = token_of_slot_S1.scatter_(0, slot_Pt.flatten(), token_Pt.flatten())[:-1]
     rank_of_sent_S = departures.grid.order_P.repeat_interleave(in_pair, output_size=num_sent)
     key_of_entry_S, sent_of_entry_S = rank_of_sent_S.add(token_of_sent_S, alpha=ranks).sort()
     return {
-        "token_of_sent_S": torch.where(token_of_sent_S < tokens, token_of_sent_S, 0),
+        "token_of_sent_S": token_of_sent_S.masked_fill(token_of_sent_S == tokens, 0),
         "sent_of_entry_S": sent_of_entry_S,
         "first_entry_t": _starts_and_rest(key_of_entry_S, tokens, step=ranks),
     }
@@ -95,7 +97,7 @@ def _received_slots(here_G: Tensor, grid: Grid, in_pair: int) -> Tensor:
     first_P = before_G1.index_select(0, grid.start_P1[:-1])
     number_G = before_G1[:-1] - first_P.index_select(0, grid.place_of_G)
     slot_G = grid.place_of_G * in_pair + number_G
-    return torch.where(here_G & (number_G < in_pair), slot_G, len(grid.received) * in_pair)
+    return slot_G.masked_fill_(~here_G | (number_G >= in_pair), len(grid.received) * in_pair)
 
 
 def _starts_and_rest(key_of_entry: Tensor, num_things: int, step: int = 1) -> Tensor:

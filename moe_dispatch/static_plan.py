@@ -88,7 +88,7 @@ def plan_static(
 ) -> StaticPlan:
     """:func:`plan_dispatch` with sizes that do not depend on the ids. One collective and no copy to the host, so that
     it can be captured in a CUDA graph, together with ``dispatch``, experts that do not wait for the device,
-    ``combine``, and their backward.
+    ``combine``, and their backward. What the sharding keeps is made in the warm-up before the capture.
 
     Args:
         expert_BlK, dim, sharding, experts, group, weight_BlK, dtype: as in :func:`plan_dispatch`.
@@ -132,7 +132,7 @@ def plan_static(
         expert_BlK=expert_BlK.clone(),
         sizes=sizes,
         report_P2=torch.cat([word_P, needed_2]),
-        doubt=torch.where(problem, torch.nan, 0.0),
+        doubt=torch.zeros((), device=word_P.device).masked_fill_(problem, torch.nan),
         **departures,
         **index_arrivals(Arrivals.of(id_GK, grid).mine_GK, grid, sizes),
     )

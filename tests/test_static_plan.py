@@ -5,11 +5,13 @@ Sizes are the smallest that are enough, one row too few, and with room to spare.
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_dispatch import (
     DispatchMetadata,
@@ -134,6 +136,50 @@ def crowded(ranks: int, seed: int) -> Case:
     torch.manual_seed(seed)
     layout = Layout(batch=(2,), seq=(3, 0, 5, 2)[:ranks])
     return make_case(layout, "holes", experts=(2, 1, 0, 3)[:ranks], num_choices=3, dim=4, width=4)
+
+
+class Copies(TorchDispatchMode):
+    """Names of the operations by which a number of the host would be copied to the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.name() in ("aten::scalar_tensor", "aten::lift_fresh") or func.name().startswith("aten::where.Scalar"):
+            self.found.append(func.name())
+        return func(*args, **kwargs or {})
+
+
+def copies_to_the_device(rank: int) -> tuple[list[str], list[str]]:
+    """Those of a layer after the first, and those of a where with a number and of a list, which have to be seen."""
+    case, sizes = crowded(4, 3), StaticSizes(rows_per_pair=10, rows=60)
+    x_BlD = case.layout.cut(case.x_BLD)[rank].requires_grad_()
+    weight_BlK = torch.ones(*x_BlD.shape[:2], 3, requires_grad=True)
+    ids_BlK = case.layout.cut(case.expert_BLK)[rank]
+    sharding = TokenSharding(batch=2, seq=Partition(case.layout.seq))
+    experts = Partition(case.experts)
+
+    def layer() -> None:
+        plan = plan_static(
+            ids_BlK, dim=4, sharding=sharding, experts=experts, group=world(), sizes=sizes, weight_BlK=weight_BlK
+        )
+        x_MD, weight_M = dispatch(x_BlD, weight_BlK, plan)
+        combine(x_MD, plan, weight_M).sum().backward()
+
+    layer()
+    with Copies() as copies:
+        layer()
+    with Copies() as seen:
+        torch.where(ids_BlK > 0, ids_BlK, 0)
+        torch.tensor([1, 2])
+    return copies.found, seen.found
+
+
+def test_a_layer_copies_nothing_to_the_device(rank_pool: RankPool) -> None:
+    for found, seen in rank_pool.run(copies_to_the_device, 4):
+        assert found == []
+        assert len(seen) == 2
 
 
 def syncs_and_shapes(rank: int, seed: int) -> tuple[list[str], list[str], list[tuple[int, ...]]]:
