@@ -1,12 +1,13 @@
 """Ulysses sequence-parallel attention: equal to attention on one rank, for any lengths, heads and masks."""
 
 from .attend import scaled_dot_product
-from .attention import UlyssesAttention, ulysses_attention
+from .attention import ulysses_attention
 from .batch import Batch, Chunk, ShardedBatch, gather_outputs
 from .exchange import heads_from_tokens, tokens_from_heads
 from .flex import flex_attend
 from .labels import shift_labels
 from .loss import MeanLoss, mean_cross_entropy, mean_loss
+from .module import UlyssesAttention
 from .shard import shard_batch
 
 __all__ = [

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from moe_dispatch import Partition, TokenSharding
 
@@ -122,65 +122,3 @@ def ulysses_attention(
         raise ValueError(f"attend gave {tuple(out_BLnH.shape)}, but (B, L, my query heads, value width) is {wanted}")
     out_BLnH = out_BLnH if sharding.order == "BL" else out_BLnH.transpose(0, 1)
     return collect(out_BLnH, Lane(sharding=sharding, heads=call.heads.query), group)
-
-
-class UlyssesAttention(nn.Module):
-    """:func:`ulysses_attention` with the choices that do not change from call to call. It has no parameters and no
-    state.
-
-    Args:
-        group, heads, attend, is_causal, window, scale, dropout_p: see there. Dropout is off in eval mode.
-    """
-
-    def __init__(
-        self,
-        *,
-        group: dist.ProcessGroup,
-        heads: Partition | None = None,
-        attend: Attend | None = None,
-        is_causal: bool = False,
-        window: tuple[int, int] | None = None,
-        scale: float | None = None,
-        dropout_p: float = 0.0,
-    ) -> None:
-        super().__init__()
-        self.group, self.heads, self.attend = group, heads, attend
-        self.is_causal, self.window, self.scale, self.dropout_p = is_causal, window, scale, dropout_p
-
-    def forward(
-        self,
-        q_BlNH: Tensor,
-        k_BlGH: Tensor,
-        v_BlGH: Tensor,
-        *,
-        sharding: TokenSharding,
-        kv_sharding: TokenSharding | None = None,
-        attn_mask: Tensor | None = None,
-        key_padding_mask: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-        cu_seqlens_padded: Tensor | None = None,
-        sinks_N: Tensor | None = None,
-    ) -> Tensor:
-        """See :func:`ulysses_attention`."""
-        return ulysses_attention(
-            q_BlNH,
-            k_BlGH,
-            v_BlGH,
-            sharding=sharding,
-            group=self.group,
-            kv_sharding=kv_sharding,
-            heads=self.heads,
-            attend=self.attend,
-            is_causal=self.is_causal,
-            window=self.window,
-            scale=self.scale,
-            attn_mask=attn_mask,
-            key_padding_mask=key_padding_mask,
-            cu_seqlens=cu_seqlens,
-            cu_seqlens_padded=cu_seqlens_padded,
-            dropout_p=self.dropout_p if self.training else 0.0,
-            sinks_N=sinks_N,
-        )
-
-    def extra_repr(self) -> str:
-        return f"is_causal={self.is_causal}, window={self.window}, scale={self.scale}, dropout_p={self.dropout_p}"
