@@ -5,21 +5,22 @@ output back) and two backward.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils import checkpoint
 
 from moe_dispatch import Partition, TokenSharding
 
 from .attend import scaled_dot_product
 from .call import Call
+from .checks import problem_of
 from .documents import Documents, attend_documents, attend_or_zeros
-from .dropout import Dropout
-from .exchange import Lane, collect
-from .options import check_honoured, described, of_my_heads, problem_of
-from .status import spread_with_status
+from .options import facts_of, given_options, of_my_heads, problem_of_attend
+from .status import Failure, collect, spread
 
 Attend = Callable[..., Tensor]
 
@@ -77,48 +78,120 @@ def ulysses_attention(
             own heads, so sum it over the ranks.
 
     Returns:
-        ``out_BlNH``: (B, l, N, Hv), or (l, B, N, Hv). A query with nothing to attend to gives 0.
+        ``out_BlNH``: (B, l, N, Hv), or (l, B, N, Hv), of the dtype of the queries. A query with nothing to attend to
+        gives 0.
+
+    Under ``torch.compile`` lengths, heads and options are constants of the graph, so others compile anew (leave
+    ``dynamic`` alone, or False); documents are a graph break.
 
     Raises:
-        ValueError: on every rank. What all ranks can see is raised before any collective; what only one can see (a
-            shape that is not its shard, other documents than its peers have) travels with the queries, names the
-            rank, and leaves the group usable.
+        ValueError: the same text on every rank, and the group stays usable. What one rank has wrong (a shape that is
+            not its shard, an option that ``attend`` does not take, other documents than its peers have) travels with
+            the queries and names the rank; so does, with the output, an ``attend`` that raises or gives another shape
+            or dtype. Raised before any collective is only what leaves open how much a rank has to send: tensors of
+            another number of dimensions, head counts that fit nothing, a sharding or group that cannot be.
+            On CUDA the peers of the rank that is wrong have a device assertion instead, and in compiled code all.
     """
-    call = Call.of(q_BlNH, k_BlGH, v_BlGH, sharding, kv_sharding, heads, group)
+    options = given_options(
+        is_causal=is_causal,
+        window=window,
+        scale=scale,
+        attn_mask=attn_mask,
+        key_padding_mask=key_padding_mask,
+        sinks_N=sinks_N,
+        dropout_p=dropout_p,
+    )
+    tensors, shardings = (q_BlNH, k_BlGH, v_BlGH), (sharding, kv_sharding)
     attend = attend or scaled_dot_product
-    given = {
-        "is_causal": is_causal or None,
-        "window": window,
-        "scale": scale,
-        "attn_mask": attn_mask,
-        "key_padding_mask": key_padding_mask,
-        "sinks_n": sinks_N,
-        "dropout": Dropout(p=dropout_p) if dropout_p else None,
-    }
-    options = {name: value for name, value in given.items() if value is not None}
-    check_honoured(attend, options)
-    problem, documents = call.problem or problem_of(options, call), None
-    if cu_seqlens is not None:
-        problem = problem or Documents.problem_of_tensors(cu_seqlens, cu_seqlens_padded)
-        if not problem:
-            documents = Documents.of(cu_seqlens, cu_seqlens_padded)
-            problem = documents.problem(sharding.batch.total, call.lengths)
-    elif cu_seqlens_padded is not None:
-        problem = (
-            problem or "cu_seqlens_padded without cu_seqlens; pass both, or cu_seqlens alone where nothing is padded"
-        )
-    facts = f"{call.facts}; {described(options)}; {documents or 'one document'}"
-    seed = torch.randint(torch.iinfo(torch.int64).max, ()) if dropout_p else torch.zeros((), dtype=torch.int64)
-    q_BLnH, k_BLgH, v_BLgH, seed = spread_with_status(call, facts, problem, seed)
+    if cu_seqlens is None and cu_seqlens_padded is None:
+        call = Call.of(*tensors, *shardings, heads, group)
+        return _attend_over_ranks(call, attend, options)
+    return _attend_documents_over_ranks(
+        tensors, shardings, heads, group, attend, options, cu_seqlens, cu_seqlens_padded
+    )
+
+
+@torch.compiler.disable(reason="cu_seqlens are read: each batch of documents would be another graph")
+def _attend_documents_over_ranks(
+    tensors: tuple[Tensor, Tensor, Tensor],
+    shardings: tuple[TokenSharding, TokenSharding | None],
+    heads: Partition | None,
+    group: dist.ProcessGroup,
+    attend: Attend,
+    options: Mapping[str, Any],
+    cu_seqlens: Tensor | None,
+    cu_seqlens_padded: Tensor | None,
+) -> Tensor:
+    call = Call.of(*tensors, *shardings, heads, group)
+    documents, problem = Documents.read(cu_seqlens, cu_seqlens_padded, call.sharding.batch.total, call.lengths)
+    return _attend_over_ranks(call, attend, options, documents, problem)
+
+
+def _attend_over_ranks(
+    call: Call, attend: Attend, options: Mapping[str, Any], documents: Documents | None = None, problem: str = ""
+) -> Tensor:
+    """There, ``attend`` on what this rank got, and back.
+
+    Args:
+        problem: of the documents.
+    """
+    problem = call.problem or problem_of_attend(attend, options) or problem_of(options, call) or problem
+    facts = "" if problem else facts_of(call, options, documents)
+    draws = "dropout" in options
+    seed = torch.randint(torch.iinfo(torch.int64).max, ()) if draws else torch.zeros((), dtype=torch.int64)
+    q_BLnH, k_BLgH, v_BLgH, seed = spread(call, facts, problem, seed)
+    if problem:  # in compiled code, where the graph has to be whole to raise when it runs
+        return collect(_zeros(q_BLnH, v_BLgH), call, Failure(problem))
     options = of_my_heads(options, seed, call)
     if "first_head" in inspect.signature(attend).parameters:
         options["first_head"] = call.heads.query.offsets[call.rank]
-    if documents is None:
-        out_BLnH = attend_or_zeros(attend, q_BLnH, k_BLgH, v_BLgH, options)
+    out_BLnH, failure = _attend_or_fail(attend, q_BLnH, k_BLgH, v_BLgH, options, documents)
+    return collect(out_BLnH, call, failure)
+
+
+def _attend_or_fail(
+    attend: Attend,
+    q_BLnH: Tensor,
+    k_BLgH: Tensor,
+    v_BLgH: Tensor,
+    options: Mapping[str, Any],
+    documents: Documents | None,
+) -> tuple[Tensor, Failure | None]:
+    """The output; or zeros, which the peers wait for all the same, and why there is none."""
+    tensors = q_BLnH, k_BLgH, v_BLgH
+    if torch.compiler.is_compiling():
+        out_BLnH = _attend(attend, *tensors, options, documents)
     else:
-        out_BLnH = attend_documents(attend, q_BLnH, k_BLgH, v_BLgH, options, documents)
+        try:
+            out_BLnH = _attend(attend, *tensors, options, documents)
+        except checkpoint._StopRecomputationError:  # everything that backward needs is there again
+            raise
+        except Exception as error:
+            return _zeros(q_BLnH, v_BLgH), Failure(f"attend raised {type(error).__name__}: {error}", error)
     wanted = (*q_BLnH.shape[:3], v_BLgH.shape[3])
-    if tuple(out_BLnH.shape) != wanted:
-        raise ValueError(f"attend gave {tuple(out_BLnH.shape)}, but (B, L, my query heads, value width) is {wanted}")
-    out_BLnH = out_BLnH if sharding.order == "BL" else out_BLnH.transpose(0, 1)
-    return collect(out_BLnH, Lane(sharding=sharding, heads=call.heads.query), group)
+    if not isinstance(out_BLnH, Tensor):
+        got = type(out_BLnH).__name__
+    elif tuple(out_BLnH.shape) == wanted and out_BLnH.dtype == q_BLnH.dtype:
+        return out_BLnH, None
+    else:
+        got = f"{tuple(out_BLnH.shape)} of {out_BLnH.dtype}"
+    return _zeros(q_BLnH, v_BLgH), Failure(
+        f"attend gave {got}; it has to give (B, L, my query heads, value width) = {wanted} of {q_BLnH.dtype}"
+    )
+
+
+def _attend(
+    attend: Attend,
+    q_BLnH: Tensor,
+    k_BLgH: Tensor,
+    v_BLgH: Tensor,
+    options: Mapping[str, Any],
+    documents: Documents | None,
+) -> Tensor:
+    if documents is None:
+        return attend_or_zeros(attend, q_BLnH, k_BLgH, v_BLgH, options)
+    return attend_documents(attend, q_BLnH, k_BLgH, v_BLgH, options, documents)
+
+
+def _zeros(q_BLnH: Tensor, v_BLgH: Tensor) -> Tensor:
+    return q_BLnH.new_zeros(*q_BLnH.shape[:3], v_BLgH.shape[3])

@@ -24,6 +24,25 @@ class Documents:
     starts: tuple[int, ...]
 
     @classmethod
+    def read(
+        cls,
+        cu_seqlens: Tensor | None,
+        cu_seqlens_padded: Tensor | None,
+        batch: int,
+        lengths: tuple[int, int],
+    ) -> tuple["Documents | None", str]:
+        """The documents of such a call, and what is wrong with them; empty where nothing is."""
+        if cu_seqlens is None:
+            return (
+                None,
+                "cu_seqlens_padded without cu_seqlens; pass both, or cu_seqlens alone where nothing is padded",
+            )
+        if problem := cls.problem_of_tensors(cu_seqlens, cu_seqlens_padded):
+            return None, problem
+        documents = cls.of(cu_seqlens, cu_seqlens_padded)
+        return documents, documents.problem(batch, lengths)
+
+    @classmethod
     def of(cls, cu_seqlens: Tensor, cu_seqlens_padded: Tensor | None) -> "Documents":
         """Read the tensors: a host sync unless they are on the CPU."""
         ends = tuple(cu_seqlens.tolist())

@@ -86,12 +86,13 @@ def tokens_from_heads(
             f"rank {rank} has a tensor of shape {tuple(x_BLnH.shape)}; all tokens of its heads are {(*wanted, 'H')} "
             f"in order {sharding.order!r}, as heads_from_tokens gives them"
         )
-    return collect(x_BLnH, Lane(sharding=sharding, heads=heads), group)
+    x_BlNH, _ = collect(x_BLnH, Lane(sharding=sharding, heads=heads), group, x_BLnH.new_empty(0))
+    return x_BlNH
 
 
 class _ToHeads(torch.autograd.Function):
     """forward   whole tensors of my heads, and all headers = S (my tokens' tensors)
-    backward  d tensors = Sᵀ (d whole tensors), which is _ToTokens
+    backward  d tensors = Sᵀ (d whole tensors), which is _ToTokens without a header
     """
 
     @staticmethod
@@ -100,14 +101,13 @@ class _ToHeads(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.lanes, ctx.group = lanes, group
         rank, ranks = group.rank(), range(group.size())
-        sent = [[header, *(lane.of_heads(x, to) for x, lane in zip(tensors, lanes, strict=True))] for to in ranks]
         wholes = [
             x.new_empty(*lane.sharding.global_shape, lane.heads.sizes[rank], x.shape[3])
             for x, lane in zip(tensors, lanes, strict=True)
         ]
         headers = header.new_empty(len(ranks), len(header))
         trade(
-            sent,
+            [[header, *(lane.of_heads(x, to) for x, lane in zip(tensors, lanes, strict=True))] for to in ranks],
             [
                 [headers[source], *(lane.of_tokens(x, source) for x, lane in zip(wholes, lanes, strict=True))]
                 for source in ranks
@@ -119,33 +119,41 @@ class _ToHeads(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return (None, None, None, *_ToTokens.apply(ctx.lanes, ctx.group, *grads[:-1]))  # type: ignore[misc]
+        no_header = grads[0].new_empty(0)
+        return (None, None, None, *_ToTokens.apply(ctx.lanes, ctx.group, no_header, *grads[:-1])[:-1])  # type: ignore[index]
 
 
 class _ToTokens(torch.autograd.Function):
-    """forward   my tokens of all heads = Sᵀ (whole tensors of my heads)
+    """forward   my tokens of all heads, and all headers = Sᵀ (whole tensors of my heads)
     backward  d whole tensors = S (d tensors), which is _ToHeads without a header
     """
 
     @staticmethod
-    def forward(ctx: Any, lanes: tuple[Lane, ...], group: dist.ProcessGroup, *wholes: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, lanes: tuple[Lane, ...], group: dist.ProcessGroup, header: Tensor, *wholes: Tensor
+    ) -> tuple[Tensor, ...]:
         ctx.lanes, ctx.group = lanes, group
         rank, ranks = group.rank(), range(group.size())
-        tensors = tuple(
+        tensors = [
             x.new_empty(*lane.sharding.local_shape(rank), lane.heads.total, x.shape[3])
             for x, lane in zip(wholes, lanes, strict=True)
-        )
+        ]
+        headers = header.new_empty(len(ranks), len(header))
         trade(
-            [[lane.of_tokens(x, to) for x, lane in zip(wholes, lanes, strict=True)] for to in ranks],
-            [[lane.of_heads(x, source) for x, lane in zip(tensors, lanes, strict=True)] for source in ranks],
+            [[header, *(lane.of_tokens(x, to) for x, lane in zip(wholes, lanes, strict=True))] for to in ranks],
+            [
+                [headers[source], *(lane.of_heads(x, source) for x, lane in zip(tensors, lanes, strict=True))]
+                for source in ranks
+            ],
             group,
         )
-        return tensors
+        ctx.mark_non_differentiable(headers)
+        return (*tensors, headers)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         no_header = grads[0].new_empty(0)
-        return (None, None, *_ToHeads.apply(ctx.lanes, ctx.group, no_header, *grads)[:-1])  # type: ignore[index]
+        return (None, None, None, *_ToHeads.apply(ctx.lanes, ctx.group, no_header, *grads[:-1])[:-1])  # type: ignore[index]
 
 
 def spread(
@@ -165,9 +173,10 @@ def spread(
     return wholes, headers
 
 
-def collect(x_BLnH: Tensor, lane: Lane, group: dist.ProcessGroup) -> Tensor:
-    """:func:`tokens_from_heads`. Nothing is checked."""
-    return _ToTokens.apply((lane,), group, x_BLnH)[0]  # type: ignore[index]
+def collect(x_BLnH: Tensor, lane: Lane, group: dist.ProcessGroup, header: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`tokens_from_heads` with a header for each rank, and the headers of all, as :func:`spread` has them."""
+    x_BlNH, headers = _ToTokens.apply((lane,), group, header, x_BLnH)  # type: ignore[misc]
+    return x_BlNH, headers
 
 
 def trade(sent: Sequence[Sequence[Tensor]], received: Sequence[Sequence[Tensor]], group: dist.ProcessGroup) -> None:
@@ -191,8 +200,15 @@ def trade(sent: Sequence[Sequence[Tensor]], received: Sequence[Sequence[Tensor]]
 
 def check_lane(sharding: TokenSharding, heads: Partition, group: dist.ProcessGroup) -> None:
     """What every rank can see: ValueError on all of them, before any collective."""
-    check_group(group, sharding.num_ranks, "the token sharding")
+    check_sharding(sharding, group)
     check_group(group, len(heads), "the partition of heads")
+
+
+def check_sharding(sharding: TokenSharding, group: dist.ProcessGroup) -> None:
+    """ValueError unless each rank of ``group`` holds a part of every sequence, and together they hold all of it."""
+    if not isinstance(sharding, TokenSharding):
+        raise ValueError(f"sharding is {sharding!r}; pass the TokenSharding that says which tokens each rank holds")
+    check_group(group, sharding.num_ranks, "the token sharding")
     if len(sharding.batch) != 1:
         raise ValueError(
             f"the batch is cut into {sharding.batch.sizes}, but attention needs each rank to hold a part of every "

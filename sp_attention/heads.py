@@ -1,6 +1,7 @@
 """Which key/value heads go with which query heads, on which rank."""
 
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -57,6 +58,38 @@ class GroupedHeads:
         if kv_of_query == [i // shared for i in range(size)]:
             return x_BLgH
         return copy_heads(x_BLgH, torch.tensor(kv_of_query, device=x_BLgH.device))
+
+
+def heads_of_call(
+    num_query: int, num_kv: tuple[int, int], heads: Partition | None, ranks: int
+) -> tuple[GroupedHeads, str]:
+    """The heads by which this rank's tensors are measured, and what is wrong with ``heads``; empty where nothing is.
+
+    A rank that has one of its numbers wrong still has to send what its peers wait for. They have it right, so it is
+    the first pair below that can be: ``heads`` before the queries, the keys before the values.
+
+    Args:
+        num_query, num_kv: heads of this rank's queries, and of its keys and its values.
+        heads: as the caller gave it.
+        ranks: of the group.
+
+    Raises:
+        ValueError: no pair can be.
+    """
+    given = [heads.total] if isinstance(heads, Partition) and len(heads) == ranks else []
+    for total, num in product([*given, num_query], num_kv):
+        if num > 0 and total % num == 0 and (total or not num_query):
+            break
+    else:
+        raise ValueError(
+            f"{num_query} query heads over {num_kv[0]} key/value heads; each key/value head serves the same number "
+            "of query heads, so their number has to divide that of the query heads"
+        )
+    if heads is None or [total] == given:
+        return GroupedHeads(heads or Partition.balanced(total, ranks), num), ""
+    return GroupedHeads(Partition.balanced(total, ranks), num), (
+        f"heads is {heads}; it has to be a Partition of the {total} query heads over {ranks} ranks"
+    )
 
 
 def copy_heads(x_BlGH: Tensor, head_of_copy: Tensor) -> Tensor:

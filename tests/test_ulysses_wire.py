@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from moe_dispatch import Partition, TokenSharding
+from moe_dispatch.bench.counting import counting
 from moe_dispatch.testing import RankPool
 from sp_attention import UlyssesAttention, ulysses_attention
 
@@ -36,7 +37,8 @@ from .test_ulysses_attention import (
 )
 from .test_ulysses_attention import reference_attention as reference
 
-HEADER_BYTES = 16  # of each pair of ranks, in the first exchange and in its gradient
+HEADER_BYTES = (16, 8)  # of each pair of ranks, in the two exchanges forward; none in their gradients
+ALL_TO_ALL = "c10d::alltoall_base_"
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -49,8 +51,8 @@ class Sent:
 
 
 @contextmanager
-def counted() -> Iterator[list[Sent]]:
-    """Record each collective and hand it on."""
+def counted(sums: int = 0) -> Iterator[list[Sent]]:
+    """Record each all-to-all and hand it on. There may be no other collective, but for so many sums at the end."""
     sent: list[Sent] = []
     trade = dist.all_to_all_single
 
@@ -59,8 +61,9 @@ def counted() -> Iterator[list[Sent]]:
         sent.append(Sent(tuple(n * row_bytes for n in given), tuple(n * row_bytes for n in received)))
         return trade(out, rows, received, given, **options)
 
-    with mock.patch.object(dist, "all_to_all_single", count):
+    with mock.patch.object(dist, "all_to_all_single", count), counting() as counts:
         yield sent
+    assert counts.collectives == [ALL_TO_ALL] * len(sent) + ["c10d::allreduce_"] * sums
 
 
 # ---- cases: what the ranks run -------------------------------------------------------------------------
@@ -73,8 +76,8 @@ def kv_heads(case: Case, rank: int) -> int:
 
 
 def planned(case: Case, rank: int, element_bytes: int) -> list[Sent]:
-    """Both exchanges forward, then both backward, from the definition: who needs what of whom. Only the first has a
-    header. What a rank needs of itself is in none."""
+    """Both exchanges forward, with their headers, then both backward, from the definition: who needs what of whom.
+    What a rank needs of itself is in none."""
     width, v_width = case.widths
 
     def spread(source: int, to: int) -> int:
@@ -92,15 +95,16 @@ def planned(case: Case, rank: int, element_bytes: int) -> list[Sent]:
         ]
         forward.append(Sent(tuple(to for to, _ in pairs), tuple(back for _, back in pairs)))
     backward = [Sent(sent.back, sent.to) for sent in reversed(forward)]
-    to, back = forward[0].to, forward[0].back
-    header = [HEADER_BYTES * (other != rank) for other in range(case.ranks)]
-    forward[0] = Sent(tuple(map(add, to, header)), tuple(map(add, back, header)))
-    return [*forward, *backward]
+    with_headers = []
+    for sent, header_bytes in zip(forward, HEADER_BYTES, strict=True):
+        header = [header_bytes * (other != rank) for other in range(case.ranks)]
+        with_headers.append(Sent(tuple(map(add, sent.to, header)), tuple(map(add, sent.back, header))))
+    return [*with_headers, *backward]
 
 
 def sent_and_planned(rank: int, case: Case, dtype: torch.dtype) -> tuple[list[Sent], list[Sent]]:
     whole = Whole.of(case, dtype)
-    with counted() as sent:
+    with counted(sums=len(whole.learned)) as sent:
         shares_of_ulysses(rank, case, whole)
     return sent, planned(case, rank, whole.q_BLNH.element_size())
 
@@ -251,7 +255,7 @@ def test_the_bytes_of_the_shape_table(rank_pool: RankPool) -> None:
     """B 2, L 5 = 3 + 2, 4 over 2 heads, widths 6 and 4: what rank 0 hands rank 1, in float64, by hand."""
     (sent, _), _ = rank_pool.run(sent_and_planned, 2, WIRED["the shape table"], torch.float64)
     q, k, v, out = 3 * 2 * 2 * 6, 3 * 2 * 1 * 6, 3 * 2 * 1 * 4, 2 * 2 * 2 * 4
-    assert [sent[0].to[1], sent[1].to[1]] == [16 + 8 * (q + k + v), 8 * out]
+    assert [sent[0].to[1], sent[1].to[1]] == [16 + 8 * (q + k + v), 8 + 8 * out]
 
 
 @pytest.mark.parametrize("heads", [(2, 2), (4, 0), (1, 3)])
