@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from .autocast import cast_to_autocast, without_autocast
 from .dropout import Dropout
 
 CPU_ALIGNMENT_BYTES = 64
@@ -39,8 +40,9 @@ def scaled_dot_product(
         dropout: of the weights.
 
     Returns:
-        (B, Lq, n, Hv). A query with nothing to attend to gives 0.
+        (B, Lq, n, Hv), in the dtype of autocast where that is on. A query with nothing to attend to gives 0.
     """
+    q_BLnH, k_BLgH, v_BLgH = (cast_to_autocast(x) for x in (q_BLnH, k_BLgH, v_BLgH))
     if key_padding_mask is not None:
         away_BL11 = ~key_padding_mask[:, :, None, None]
         k_BLgH, v_BLgH = k_BLgH.masked_fill(away_BL11, 0.0), v_BLgH.masked_fill(away_BL11, 0.0)
@@ -60,7 +62,8 @@ def scaled_dot_product(
             q_BnLH, k_BgLH, v_BgLH, attn_mask=mask.values, scale=factor, enable_gqa=True
         )
     else:
-        out_BnLH = _softmax_by_hand(q_BnLH, k_BgLH, v_BgLH, mask, factor, sinks_n, dropout)
+        with without_autocast(q_BnLH):
+            out_BnLH = _softmax_by_hand(q_BnLH, k_BgLH, v_BgLH, mask, factor, sinks_n, dropout)
     return _tokens_first(out_BnLH.masked_fill(mask.closed, 0.0), v_BLgH.shape[3])
 
 

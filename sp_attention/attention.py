@@ -78,8 +78,9 @@ def ulysses_attention(
             own heads, so sum it over the ranks.
 
     Returns:
-        ``out_BlNH``: (B, l, N, Hv), or (l, B, N, Hv), of the dtype of the queries. A query with nothing to attend to
-        gives 0.
+        ``out_BlNH``: (B, l, N, Hv), or (l, B, N, Hv), of the dtype of the queries; under ``torch.autocast`` of its
+        dtype, to which q, k and v are cast before they travel (not float64). A query with nothing to attend to gives
+        0.
 
     Under ``torch.compile`` lengths, heads and options are constants of the graph, so others compile anew (leave
     ``dynamic`` alone, or False); documents are a graph break.

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moe_dispatch import Partition, TokenSharding
 
+from .autocast import cast_to_autocast
 from .exchange import Lane, check_sharding
 from .heads import GroupedHeads, heads_of_call
 
@@ -22,7 +23,7 @@ class Call:
     """Queries, keys and values of this rank with their shardings.
 
     Attributes:
-        q_BlNH, k_BlGH, v_BlGH: as the caller gave them.
+        q_BlNH, k_BlGH, v_BlGH: as the caller gave them, in the dtype of autocast where that is on.
         sharding, kv_sharding: of queries, and of keys and values.
         heads: query and key/value heads over ranks.
         problem_of_heads: what is wrong with the heads that the caller gave; empty where nothing is.
@@ -71,6 +72,7 @@ class Call:
             )
         num_kv = k_BlGH.shape[2], v_BlGH.shape[2]
         grouped, problem_of_heads = heads_of_call(q_BlNH.shape[2], num_kv, heads, group.size())
+        q_BlNH, k_BlGH, v_BlGH = (cast_to_autocast(x) for x in (q_BlNH, k_BlGH, v_BlGH))
         return cls(
             q_BlNH=q_BlNH,
             k_BlGH=k_BlGH,

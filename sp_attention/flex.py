@@ -7,6 +7,8 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.attention.flex_attention import and_masks, create_block_mask, flex_attention
 
+from .autocast import without_autocast
+
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 Grid = tuple[int, int, int, int]  # batch, heads at hand, queries, keys
@@ -58,7 +60,8 @@ def flex_attend(
             masks.append(_of_global_head(mask_mod, first_head))
         mask, score = and_masks(*masks) if masks else None, _score(score_mod, first_head, attn_mask, grid)
         if q_BLnH.device.type == "cpu" and torch.is_grad_enabled():
-            out_BnLH = _attend_on_whole_tensors(q_BnLH, k_BgLH, v_BgLH, score, mask, scale)
+            with without_autocast(q_BLnH):
+                out_BnLH = _attend_on_whole_tensors(q_BnLH, k_BgLH, v_BgLH, score, mask, scale)
         else:
             block_mask = None if mask is None else create_block_mask(mask, *grid, device=q_BLnH.device)
             out_BnLH = attention(

@@ -160,6 +160,21 @@ def wrong_on_rank_1(rank: int, name: str) -> tuple[str, float]:
     return str(error.value), total.item()
 
 
+def in_autocast(rank: int) -> tuple[torch.dtype, bool]:
+    torch._dynamo.reset()
+    sharding = TokenSharding(batch=2, seq=Partition((3, 2)))
+    x_BlNH = torch.randn(2, (3, 2)[rank], 4, 6)
+
+    def attention(x_BlNH: Tensor) -> Tensor:
+        sinks_N = torch.ones(4)
+        return ulysses_attention(x_BlNH, x_BlNH, x_BlNH, sharding=sharding, group=world(), sinks_N=sinks_N)
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        wanted = attention(x_BlNH)
+        got = torch.compile(attention, fullgraph=True, backend="aot_eager")(x_BlNH)
+    return got.dtype, torch.equal(got, wanted)
+
+
 # ---- what the tests ask --------------------------------------------------------------------------------
 
 
@@ -188,3 +203,7 @@ def test_documents_are_no_part_of_a_graph(rank_pool: RankPool) -> None:
 def test_compiled_code_raises_on_every_rank_when_it_runs(rank_pool: RankPool, name: str) -> None:
     text = "sp_attention: the ranks disagree, or one has a problem"
     assert rank_pool.run(wrong_on_rank_1, 2, name, timeout=30) == [(text, 2.0)] * 2
+
+
+def test_a_compiled_call_in_autocast(rank_pool: RankPool) -> None:
+    assert rank_pool.run(in_autocast, 2) == [(torch.bfloat16, True)] * 2

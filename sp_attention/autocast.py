@@ -1,0 +1,25 @@
+"""torch.autocast: attention over ranks does with it what scaled_dot_product_attention does on one."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+
+def cast_to_autocast(x: Tensor) -> Tensor:
+    """``x`` in the dtype that autocast gives the inputs of attention, if it is on; float64 stays.
+
+    Done before anything travels: a rank without heads never calls the attention that would cast, and its peers wait
+    for bytes of one dtype.
+    """
+    kind = x.device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return x
+    eligible = x.is_floating_point() and x.dtype != torch.float64
+    return x.to(torch.get_autocast_dtype(kind)) if eligible else x
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """For products that are meant in the dtype they are written in."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
