@@ -4,10 +4,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_dispatch import Partition, TokenSharding, gather_tokens
+from moe_dispatch import Partition, TokenSharding, agree, check_group, gather_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -128,16 +129,44 @@ class ShardedBatch:
 
 
 def gather_outputs(x_BlD: Tensor, *, batch: ShardedBatch, group: dist.ProcessGroup) -> Tensor:
-    """The whole output on every rank, 0 at padding whatever was there. One collective; one more in backward.
+    """The whole output on every rank, 0 at padding whatever was there. One collective, and one of 8 bytes per pair of
+    ranks before it, so that a wrong output of one rank is everyone's error; one more in backward.
 
     Args:
         x_BlD: (B, l, ...), or (l, B, ...): of this rank's tokens.
 
     Returns:
         (B, L, ...), batch first for either order. Backward as in ``moe_dispatch.gather_tokens``, 0 at padding.
+
+    Raises:
+        ValueError: the same text on every rank: an output that is not the rank's shard, or ranks whose outputs differ
+            in dtype, in what follows the tokens, or in whether they have a gradient.
     """
-    batch.sharding.check_local(x_BlD, batch.rank)
+    check_group(group, batch.sharding.num_ranks, "the token sharding")
+    agree(
+        f"{_facts_of_output(x_BlD)} for {batch.sharding}",
+        problem=_problem_of_output(x_BlD, batch),
+        device=batch.token_Bl.device,
+        group=group,
+    )
     padding_Bl = ~batch.real_Bl
     x_BlD = x_BlD.masked_fill(padding_Bl.view(*padding_Bl.shape, *(1,) * (x_BlD.ndim - 2)), 0)
     x_BLD = gather_tokens(x_BlD, sharding=batch.sharding, group=group)
     return x_BLD if batch.sharding.order == "BL" else x_BLD.transpose(0, 1)
+
+
+def _problem_of_output(x_BlD: Tensor, batch: ShardedBatch) -> str:
+    shape = tuple(x_BlD.shape) if isinstance(x_BlD, Tensor) else type(x_BlD).__name__
+    if isinstance(x_BlD, Tensor) and shape[:2] == batch.sharding.local_shape(batch.rank):
+        return ""
+    return (
+        f"the output is {shape}, but this rank's tokens in order {batch.sharding.order!r} are "
+        f"{batch.sharding.local_shape(batch.rank)}; pass what was computed for them"
+    )
+
+
+def _facts_of_output(x_BlD: Tensor) -> str:
+    if not isinstance(x_BlD, Tensor):
+        return ""
+    with_gradient = torch.is_grad_enabled() and x_BlD.requires_grad
+    return f"outputs {tuple(x_BlD.shape[2:])} of {x_BlD.dtype} {'with' if with_gradient else 'without'} gradient"

@@ -74,6 +74,7 @@ class Masks:
         if mask is None:
             return cls()
         _check_mask(mask, shape)
+        is_learned = mask.requires_grad  # so it is a bias, whatever it holds now
         mask = mask if mask.ndim == 4 else mask[:, None, None, :]
         if mask.is_floating_point():
             mask = mask.masked_fill(mask <= _lowest(mask.dtype), -torch.inf)
@@ -83,7 +84,7 @@ class Masks:
             mask = open_BNLL = mask.bool()
             is_bias = False
         real_BL = open_BNLL.any(dim=(1, 2)).expand(shape)
-        if is_bias or mask.shape[1] > 1 or mask.shape[2] > 1:
+        if is_bias or is_learned or mask.shape[1] > 1 or mask.shape[2] > 1:
             return cls(attn_mask=mask, real_BL=real_BL)
         return cls(key_padding_mask=None if bool(real_BL.all()) else real_BL, real_BL=real_BL)
 

@@ -17,6 +17,15 @@ from .documents import Documents
 from .dropout import mix
 from .labels import Masks, document_of_place, documents_of, is_integer, place_in_document, shift_labels
 
+TENSORS = (
+    "token_BL",
+    "target_BL",
+    "loss_mask_BL",
+    "position_BL",
+    "attention_mask",
+    "cu_seqlens",
+    "cu_seqlens_padded",
+)
 LONGEST_FACT = 100  # characters: then the facts of all fit in one sentence between ranks
 
 
@@ -31,19 +40,25 @@ def shard_batch(batch: Batch, *, sharding: TokenSharding, group: dist.ProcessGro
 
     Raises:
         ValueError: the same text on every rank, naming the ranks: a batch that is wrong on one of them, or ranks that
-            differ in sharding, tokens, targets, positions, padding, documents or the shape of a mask.
+            differ in sharding, tokens, targets, positions, padding, documents, ``ignore_index`` or the shape of a
+            mask.
     """
-    facts, problem, sharded = "", "", None
+    check_group(group, group.size() if isinstance(group, dist.ProcessGroup) else 0, "the batch")
+    facts, problem, sharded, cause = "", "", None, None
     try:
+        _check_types(batch, sharding)
         check_group(group, sharding.num_ranks, "the token sharding")
         whole = Whole.of(batch, sharding)
-        facts = whole.facts(sharding)
+        facts = whole.facts(sharding, batch.ignore_index)
         sharded = whole.part(batch, sharding, group.rank())
     except ValueError as error:
-        if not isinstance(group, dist.ProcessGroup):
-            raise
         problem = str(error)
-    agree(facts, problem=problem, device=batch.token_BL.device, group=group)
+    except Exception as error:  # whatever it is, the peers wait for a word about it
+        problem, cause = f"shard_batch raised {type(error).__name__}: {error}", error
+    try:
+        agree(facts, problem=problem, device=_device_of(batch), group=group)
+    except ValueError as told:
+        raise told from cause
     assert sharded is not None  # there was no problem
     return sharded
 
@@ -94,7 +109,7 @@ class Whole:
             documents=documents,
         )
 
-    def facts(self, sharding: TokenSharding) -> str:
+    def facts(self, sharding: TokenSharding, ignore_index: int) -> str:
         """What the ranks have to agree about, in few words."""
         mask = self.masks.attn_mask
         facts = {
@@ -102,6 +117,7 @@ class Whole:
             f"ranks {sharding.rectangles}",
             "tokens": fingerprint(self.token_BL),
             "targets": fingerprint(self.target_BL),
+            "ignore_index": f"{ignore_index}",
             "positions": "default" if self.position_BL is None else fingerprint(self.position_BL),
             "real": fingerprint(self.real_BL),
             "attn_mask": "none" if mask is None else f"{tuple(mask.shape)} of {mask.dtype}",
@@ -148,6 +164,24 @@ def fingerprint(x: Tensor) -> str:
 def shortened(text: str) -> str:
     """Text that differs where ``text`` differs, at a bounded length."""
     return text if len(text) <= LONGEST_FACT else f"{text[: LONGEST_FACT - 12]}... {digest(text):08x}"
+
+
+def _check_types(batch: Batch, sharding: TokenSharding) -> None:
+    for name, value, kind in (("batch", batch, Batch), ("sharding", sharding, TokenSharding)):
+        if not isinstance(value, kind):
+            raise ValueError(f"{name} is {type(value).__name__}; it has to be a {kind.__name__}")
+    for name in TENSORS:
+        value = getattr(batch, name)
+        if not isinstance(value, Tensor) and (value is not None or name == "token_BL"):
+            raise ValueError(f"{name} is {type(value).__name__}; it has to be a tensor")
+    if not isinstance(batch.ignore_index, int):
+        raise ValueError(f"ignore_index is {batch.ignore_index!r}; it has to be an int")
+
+
+def _device_of(batch: Batch) -> torch.device:
+    """Where the batch is; the CPU where it holds no tensor."""
+    fields = (getattr(batch, name, None) for name in TENSORS)
+    return next((x.device for x in fields if isinstance(x, Tensor)), torch.device("cpu"))
 
 
 def _check_sharding(sharding: TokenSharding) -> None:

@@ -5,9 +5,9 @@ Oracles are loops over single places. Payloads encode (row, place), so that a mi
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
-from unittest import mock
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_dispatch import Partition, TokenSharding
+from moe_dispatch.bench.counting import counting
 from moe_dispatch.testing import RankPool
 from sp_attention import (
     Batch,
@@ -218,6 +219,17 @@ def test_a_bias_on_keys_is_not_taken_for_padding(shape: tuple[int, ...]) -> None
     assert torch.equal(masks.attn_mask, bias[:, None, None])
     assert masks.real_BL is not None
     assert torch.equal(masks.real_BL, REAL_BL)
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (3, 1, 1, 4)])
+def test_a_mask_that_is_learned_is_kept_though_it_holds_zeros(shape: tuple[int, ...]) -> None:
+    mask = torch.zeros(shape, requires_grad=True)
+    masks = Masks.of(mask, (3, 4))
+    assert masks.key_padding_mask is None
+    assert masks.attn_mask is not None
+    masks.attn_mask.sum().backward()
+    assert mask.grad is not None
+    assert torch.equal(mask.grad, torch.ones(shape))
 
 
 SHAPES = "it has to be one of (3, 4), (3, 1, 1, 4), (3, 1, 4, 4): the whole sequence, on every rank"
@@ -453,12 +465,54 @@ WRONG = {
     "rank 1: cu_seqlens_padded without cu_seqlens; the real lengths have to be given too": replace(
         GOOD, cu_seqlens_padded=SMALL
     ),
+    "rank 1: token_BL is list; it has to be a tensor": replace(GOOD, token_BL=tokens(2, 5).tolist()),  # type: ignore[arg-type]
+    "rank 1: token_BL is NoneType; it has to be a tensor": Batch(token_BL=None),  # type: ignore[arg-type]
+    "rank 1: target_BL is list; it has to be a tensor": replace(GOOD, target_BL=[[0] * 5] * 2),  # type: ignore[arg-type]
+    "rank 1: position_BL is list; it has to be a tensor": replace(GOOD, position_BL=[[0] * 5] * 2),  # type: ignore[arg-type]
+    "rank 1: attention_mask is list; it has to be a tensor": replace(GOOD, attention_mask=[[1] * 5] * 2),  # type: ignore[arg-type]
+    "rank 1: cu_seqlens is list; it has to be a tensor": replace(GOOD, cu_seqlens=[0, 2, 5]),  # type: ignore[arg-type]
+    "rank 1: cu_seqlens_padded is tuple; it has to be a tensor": replace(
+        GOOD,
+        cu_seqlens=SMALL,
+        cu_seqlens_padded=(0, 2, 5),  # type: ignore[arg-type]
+    ),
+    "rank 1: ignore_index is None; it has to be an int": replace(GOOD, ignore_index=None),  # type: ignore[arg-type]
+    "rank 1: batch is dict; it has to be a Batch": {"token_BL": tokens(2, 5)},  # type: ignore[dict-item]
 }
 
 
 @pytest.mark.parametrize("text", WRONG)
 def test_what_is_wrong_on_one_rank_is_everyones_error(text: str, rank_pool: RankPool) -> None:
     assert refusals(rank_pool, batches={1: WRONG[text]}) == text
+
+
+def test_no_sharding_on_one_rank_is_everyones_error(rank_pool: RankPool) -> None:
+    text = refusals(rank_pool, shardings={2: None})  # type: ignore[dict-item]
+    assert text == "rank 2: sharding is NoneType; it has to be a TokenSharding"
+
+
+def unforeseen(rank: int) -> tuple[str, str]:
+    """What is told, and what it comes from, where rank 1 runs into an error of torch's."""
+    batch = replace(GOOD, attention_mask=torch.ones(2, 5, device="meta").bool()) if rank == 1 else GOOD
+    with pytest.raises(ValueError, match="rank 1: shard_batch raised") as error:
+        shard_batch(batch, sharding=sharding_of(2, (2, 1, 2)), group=world())
+    return str(error.value), type(error.value.__cause__).__name__
+
+
+def test_an_error_that_nobody_foresaw_is_everyones_too(rank_pool: RankPool) -> None:
+    texts, causes = zip(*rank_pool.run(unforeseen, 3, timeout=20), strict=True)
+    assert len(set(texts)) == 1
+    assert texts[0].startswith(f"rank 1: shard_batch raised {causes[1]}: ")
+    assert causes[::2] == ("NoneType", "NoneType")
+
+
+def test_another_index_to_ignore_is_everyones_error(rank_pool: RankPool) -> None:
+    """Though no target is ignored here."""
+    batch = replace(GOOD, target_BL=tokens(2, 5))
+    text = refusals(rank_pool, batches={0: batch, 1: batch, 2: replace(batch, ignore_index=-1)})
+    ours, theirs = text.split("; rank [2]: ")
+    assert "; ignore_index -100;" in ours
+    assert "; ignore_index -1;" in theirs
 
 
 def test_a_sharding_of_another_size_on_one_rank_is_everyones_error(rank_pool: RankPool) -> None:
@@ -486,25 +540,18 @@ def test_no_group_is_refused() -> None:
         shard_batch(GOOD, sharding=sharding_of(2, (5,)), group=None)  # type: ignore[arg-type]
 
 
-def exchanges(rank: int, length: int) -> list[tuple[int, ...]]:
-    """Sizes of the collectives of one shard_batch."""
-    seen: list[tuple[int, ...]] = []
-    real = dist.all_to_all_single
-
-    def counted(out: Tensor, rows: Tensor, *args: Any, **kwargs: Any) -> None:
-        seen.append(tuple(rows.shape))
-        real(out, rows, *args, **kwargs)
-
-    with mock.patch.object(dist, "all_to_all_single", counted):
+def exchanges(rank: int, length: int) -> tuple[list[str], int]:
+    """The collectives of one shard_batch, and their bytes."""
+    with counting() as counts:
         mask = torch.ones(2, 1, length, length).tril().bool()
         batch = Batch(token_BL=tokens(2, length), attention_mask=mask, position_BL=tokens(2, length).expand(3, 2, -1))
         shard_batch(batch, sharding=sharding_of(2, (length, 0, 0)), group=world())
-    return seen
+    return counts.collectives, counts.wire_bytes
 
 
 @pytest.mark.parametrize("length", [1, 40])
 def test_ranks_trade_one_word_each(length: int, rank_pool: RankPool) -> None:
-    assert rank_pool.run(exchanges, 3, length) == [[(3,)]] * 3
+    assert rank_pool.run(exchanges, 3, length) == [(["c10d::alltoall_base_"], 2 * 8)] * 3
 
 
 def test_fingerprints_see_values_places_and_shapes() -> None:
@@ -628,16 +675,62 @@ def test_outputs_come_back_batch_first_and_0_at_padding(order: Order, rank_pool:
     assert torch.equal(grad_2BL, wanted_2BL)
 
 
-def gather_another_shape(rank: int) -> str:
+OUTPUTS: dict[str, tuple[Callable[[Tensor], object], str, str]] = {
+    "of all tokens": (
+        lambda x_BlD: torch.zeros(2, 5, 3),
+        "rank 1: the output is (2, 5, 3), but this rank's tokens in order 'BL' are (2, 3); pass what was computed "
+        "for them",
+        "",
+    ),
+    "a token short": (lambda x_BlD: x_BlD[:, 1:], "rank 1: the output is (2, 2, 3), but this rank's tokens", ""),
+    "of another order": (lambda x_BlD: x_BlD.transpose(0, 1), "rank 1: the output is (3, 2, 3), but this rank's", ""),
+    "no tensor": (lambda x_BlD: x_BlD.tolist(), "rank 1: the output is list, but this rank's tokens", ""),
+    "of another width": (
+        lambda x_BlD: x_BlD[..., 1:],
+        "outputs (3,) of torch.float32",
+        "outputs (2,) of torch.float32",
+    ),
+    "of another dtype": (
+        lambda x_BlD: x_BlD.double(),
+        "outputs (3,) of torch.float32",
+        "outputs (3,) of torch.float64",
+    ),
+    "with a gradient": (
+        lambda x_BlD: x_BlD.requires_grad_(),
+        "outputs (3,) of torch.float32 without gradient",
+        "outputs (3,) of torch.float32 with gradient",
+    ),
+}
+
+
+def gather_wrong(rank: int, name: str) -> tuple[str, bool]:
+    """What is told where the output of rank 1 is wrong, and whether the group works afterwards."""
     part = shard_batch(GOOD, sharding=sharding_of(2, (2, 3)), group=world())
-    try:
-        gather_outputs(torch.zeros(2, 5, 1), batch=part, group=world())
-    except ValueError as error:
-        return str(error)
-    return "no error"
+    x_BlD = torch.ones(*part.token_Bl.shape, 3)
+    wrong_BlD = OUTPUTS[name][0](x_BlD.clone()) if rank == 1 else x_BlD
+    with pytest.raises(ValueError) as error:  # noqa: PT011  (the caller compares the text)
+        gather_outputs(wrong_BlD, batch=part, group=world())  # type: ignore[arg-type]
+    return str(error.value), bool(gather_outputs(x_BlD, batch=part, group=world()).all())
 
 
-def test_an_output_that_is_not_the_shard_is_refused(rank_pool: RankPool) -> None:
-    assert rank_pool.run(gather_another_shape, 2)[1].startswith(
-        "rank 1 has a tensor of shape (2, 5, 1), but its shard"
-    )
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_a_wrong_output_of_one_rank_is_everyones_error(name: str, rank_pool: RankPool) -> None:
+    (text, usable), other = rank_pool.run(gather_wrong, 2, name, timeout=20)
+    assert other == (text, usable)
+    assert usable
+    assert all(words in text for words in OUTPUTS[name][1:])
+
+
+def gathering(rank: int) -> tuple[list[str], list[str]]:
+    part = shard_batch(GOOD, sharding=sharding_of(2, (2, 3)), group=world())
+    x_BlD = torch.ones(*part.token_Bl.shape, 3, requires_grad=True)
+    with counting() as forward:
+        x_BLD = gather_outputs(x_BlD, batch=part, group=world())
+    with counting() as backward:
+        x_BLD.sum().backward()
+    return forward.collectives, backward.collectives
+
+
+def test_gathering_takes_a_word_and_the_rows(rank_pool: RankPool) -> None:
+    one = "c10d::alltoall_base_"
+    assert rank_pool.run(gathering, 2) == [([one, one], [one])] * 2
