@@ -42,7 +42,9 @@ def mean_loss(loss_Bl: Tensor, target_Bl: Tensor, *, group: dist.ProcessGroup, i
 
     Args:
         loss_Bl: (B, l), or (l, B), or any other shape: the loss of each of this rank's tokens
-            (``reduction="none"``). What it holds where there is no target has no effect, NaN included.
+            (``reduction="none"``). What it holds where there is no target has no effect on the mean, NaN included,
+            and its gradient there is 0. That 0 goes back into the graph that made it, and 0 times NaN or infinity
+            there is NaN; :func:`mean_cross_entropy` leaves such places out of the graph.
         target_Bl: of that shape, ``ignore_index`` where there is no target.
         group: the ranks that hold different tokens: sequence parallel, or data and sequence parallel together.
 
@@ -58,7 +60,7 @@ def mean_loss(loss_Bl: Tensor, target_Bl: Tensor, *, group: dist.ProcessGroup, i
             f"losses are {tuple(loss_Bl.shape)} of {loss_Bl.dtype} for targets {tuple(target_Bl.shape)}; they have "
             'to be floating, one per target: reduction="none"'
         )
-    problem = problem or _problem_of_targets(target_Bl)
+    problem = problem or _problem_of_targets(target_Bl, loss_Bl.device)
     if problem:
         return _mean(loss_Bl, 0, problem, group)
     no_target_Bl = target_Bl == ignore_index
@@ -79,12 +81,12 @@ def mean_cross_entropy(
     Group, Returns, Raises: as there, also for a target outside the vocabulary.
     """
     problem = ""
-    if not logits_BlV.is_floating_point() or logits_BlV.shape[:-1] != target_Bl.shape:
+    if not logits_BlV.is_floating_point() or logits_BlV.ndim < 2 or logits_BlV.shape[:-1] != target_Bl.shape:
         problem = (
             f"logits are {tuple(logits_BlV.shape)} of {logits_BlV.dtype} for targets {tuple(target_Bl.shape)}; they "
             "have to be floating, (B, l, V) for targets (B, l)"
         )
-    problem = problem or _problem_of_targets(target_Bl)
+    problem = problem or _problem_of_targets(target_Bl, logits_BlV.device)
     if problem:
         return _mean(logits_BlV, 0, problem, group)
     has_target_t = (target_Bl != ignore_index).flatten()
@@ -119,8 +121,12 @@ def _mean(loss_sum: Tensor, count: int, problem: str, group: dist.ProcessGroup) 
     )
 
 
-def _problem_of_targets(target_Bl: Tensor) -> str:
-    return "" if is_integer(target_Bl) else f"targets are {target_Bl.dtype}; they have to be ints"
+def _problem_of_targets(target_Bl: Tensor, device: torch.device) -> str:
+    if not is_integer(target_Bl):
+        return f"targets are {target_Bl.dtype}; they have to be ints"
+    if target_Bl.device != device:
+        return f"targets are on {target_Bl.device}, but what they are for on {device}; move them there"
+    return ""
 
 
 def _dtype_of_sums(x: Tensor) -> torch.dtype:

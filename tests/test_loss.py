@@ -166,6 +166,27 @@ def test_evaluation_needs_no_graph_and_one_rank_is_enough(rank_pool: RankPool) -
     assert rank_pool.run(no_graph, 1) == [(False, pytest.approx(math.log(VOCAB)))]
 
 
+def ignored(rank: int) -> tuple[float, list[float], list[float]]:
+    """The mean, and the gradients of a loss that is NaN where it is ignored and of what that came from."""
+    x_Bl = torch.tensor([[4.0, 0.0]], requires_grad=True)
+    loss_Bl = 0 * x_Bl.rsqrt() + x_Bl  # infinity times 0
+    loss_Bl.retain_grad()
+    mean = mean_loss(loss_Bl, torch.tensor([[1, NONE]]), group=world())
+    mean.share.backward()
+    assert loss_Bl.grad is not None
+    assert x_Bl.grad is not None
+    assert loss_Bl.isnan().tolist() == [[False, True]]
+    return mean.whole.item(), loss_Bl.grad.flatten().tolist(), x_Bl.grad.flatten().tolist()
+
+
+def test_nan_where_there_is_no_target_has_gradient_0_and_that_goes_into_its_graph(rank_pool: RankPool) -> None:
+    """As ``mean_loss`` says: it cannot know what made the losses."""
+    for whole, of_loss, of_x in rank_pool.run(ignored, 2):
+        assert (whole, of_loss) == (4.0, [0.5, 0.0])
+        assert of_x[0] == 0.5
+        assert math.isnan(of_x[1])
+
+
 def another_index(rank: int) -> int:
     return mean_loss(torch.ones(4), torch.tensor([-1, NONE, 2, -1]), group=world(), ignore_index=-1).num_targets
 
@@ -183,11 +204,15 @@ BAD_LOSSES = {
     "losses are () of torch.float32 for targets (1, 2)": (torch.ones(()), IDS),
     "losses are (1, 2) of torch.int64 for targets (1, 2)": (torch.ones(1, 2).long(), IDS),
     "targets are torch.float32; they have to be ints": (torch.ones(1, 2), torch.zeros(1, 2)),
+    "targets are on meta, but what they are for on cpu; move them there": (torch.ones(1, 2), IDS.to("meta")),
 }
 BAD_LOGITS = {
     "logits are (1, 3, 11) of torch.float32 for targets (1, 2)": (torch.ones(1, 3, VOCAB), IDS),
     "logits are (1, 2, 11) of torch.int64 for targets (1, 2)": (torch.ones(1, 2, VOCAB).long(), IDS),
     "targets are torch.bool; they have to be ints": (torch.ones(1, 2, VOCAB), IDS.bool()),
+    "targets are on meta, but what they are for on cpu; move them there": (torch.ones(1, 2, VOCAB), IDS.to("meta")),
+    "logits are (11,) of torch.float32 for targets ()": (torch.ones(VOCAB), torch.tensor(1)),
+    "logits are () of torch.float32 for targets ()": (torch.ones(()), torch.tensor(1)),
     "target 11 for logits of 11 tokens; it has to be 0 to 10, or ignore_index = -100": (
         torch.ones(1, 2, VOCAB),
         OUTSIDE,
