@@ -661,6 +661,7 @@ def gathered(rank: int, batch: Batch, sharding: TokenSharding) -> tuple[Tensor, 
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_outputs_come_back_batch_first_and_0_at_padding(order: Order, rank_pool: RankPool) -> None:
+    """B11: also where the sequence is the first dimension."""
     token_BL = tokens(2, 6)
     real_BL = token_BL % 4 > 0
     sharding = sharding_of(2, (2, 0, 4), order)

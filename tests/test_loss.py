@@ -317,6 +317,8 @@ class Case:
             label_BL[:, : ends[0] + 1] = NONE
         elif self.targets == "none":
             label_BL[:] = NONE
+        elif self.targets == "one":  # that of token 2 in row 0
+            label_BL = torch.full_like(label_BL, NONE).index_put((torch.tensor(0), torch.tensor(3)), label_BL[0, 3])
         return label_BL
 
     def tokens(self) -> Tensor:
@@ -430,6 +432,8 @@ CASES = [
     Case(seq=(4, 2, 5), targets="unequal", batch=3),
     Case(seq=(4, 2, 5), targets="none on rank 0"),
     Case(seq=(4, 2, 5), targets="none on rank 0", order="LB", chunk=2),
+    Case(seq=(4, 3), targets="one"),  # B21: gradients of 1/2 and 1/4 elsewhere
+    Case(seq=(2, 1, 3, 1), targets="one", order="LB"),
     Case(seq=(4, 3), targets="none"),
     Case(seq=(4, 0, 3), targets="none", order="LB", chunk=3),
     Case(seq=(4, 3), kind="right"),
@@ -449,6 +453,8 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_loss_and_gradients_are_those_of_one_process(case: Case, rank_pool: RankPool) -> None:
+    """Invariant 5: every parameter has a gradient, and their sum is that of one process, with unequal numbers of
+    targets and with none on a rank (B6, B10, B21)."""
     shares, wholes, grads = zip(*rank_pool.run(of_ranks, len(case.seq), case), strict=True)
     loss, grad_of = of_one(case)
     assert sum(shares) == pytest.approx(loss, rel=1e-12, abs=1e-15)

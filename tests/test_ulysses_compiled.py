@@ -183,6 +183,7 @@ def in_autocast(rank: int) -> tuple[torch.dtype, bool]:
 def test_a_compiled_block_has_the_same_gradients(
     rank_pool: RankPool, name: str, seq: tuple[int, ...], heads: tuple[int, ...]
 ) -> None:
+    """Invariant 9, B6, B18: what is before the exchange has gradients, and they are not 0."""
     assert rank_pool.run(compiled, 2, name, seq, heads, timeout=120) == [[]] * 2
 
 

@@ -461,6 +461,7 @@ def order_differs(rank: int) -> tuple[str, bool]:
 
 @pytest.mark.parametrize("name", ON_ONE_RANK)
 def test_one_ranks_mistake_is_told_to_all(rank_pool: RankPool, name: str) -> None:
+    """Invariant 7; and 12, of what attend cannot honour."""
     assert rank_pool.run(wrong_on_rank_1, 2, name, timeout=20) == [(f"rank 1: {ON_ONE_RANK[name][1]}", True)] * 2
 
 

@@ -218,30 +218,32 @@ def refusal(call: Callable[[], object]) -> str:
 @pytest.mark.parametrize("order", ["BL", "LB"])
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_report_1_the_tensor_between_the_exchanges(rank_pool: RankPool, ranks: int, order: Order) -> None:
-    """DeepSpeed #5664: the source rank goes next to the heads. Two rows, several heads on each rank."""
+    """Invariant 1. DeepSpeed #5664: the source rank goes next to the heads. Two rows, several heads on each rank."""
     assert rank_pool.run(traded, ranks, 2, (3,) * ranks, (2,) * ranks, order) == [[]] * ranks
 
 
 @pytest.mark.parametrize("num_heads", [4, 16])
 def test_report_3_sequence_first(rank_pool: RankPool, num_heads: int) -> None:
-    """DeepSpeed #7868: wanted (4, 2, 4, 3), got (2, 16, 1, 3); with 16 heads backward raised too."""
+    """B1, DeepSpeed #7868: wanted (4, 2, 4, 3), got (2, 16, 1, 3); with 16 heads backward raised too."""
     shapes = [(4, 2, num_heads, 3), (8, 2, num_heads // 2, 3), (4, 2, num_heads, 3)]
     assert rank_pool.run(shape_and_values, 2, num_heads) == [(shapes, [])] * 2
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_report_2_three_heads_then_four_in_one_process(rank_pool: RankPool, ranks: int) -> None:
-    """DeepSpeed #6774: what one exchange was told must not reach the next, in forward or in backward."""
+    """B3, DeepSpeed #6774: what one exchange was told must not reach the next, in forward or in backward."""
     assert rank_pool.run(one_after_another, ranks) == [[]] * ranks
 
 
-@pytest.mark.parametrize("heads", [(2, 1), (3, 3), (6, 6), (1, 0), (0, 3)])
+@pytest.mark.parametrize("heads", [(2, 1), (2, 2), (3, 3), (6, 6), (1, 0), (0, 3)])
 def test_report_2_uneven_heads_on_two_ranks(rank_pool: RankPool, heads: Sizes) -> None:
+    """B2: lengths 3 and 2, with three heads and with four."""
     assert rank_pool.run(traded, 2, 2, (3, 2), heads, "BL") == [[]] * 2
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_uneven_everything(rank_pool: RankPool, ranks: int) -> None:
+    """Invariant 1: between the exchanges, and there and back."""
     assert rank_pool.run(traded_in_every_way, ranks) == [[]] * ranks
 
 

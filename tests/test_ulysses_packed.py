@@ -210,19 +210,20 @@ def memory(rank: int, length: int, document: int) -> tuple[int, int]:
 def test_report_4_padding_between_documents_may_hold_anything(
     rank_pool: RankPool, seq: Sizes, fill: float, dtype: torch.dtype
 ) -> None:
-    """TransformerEngine #2596. The padding of the incoming gradient too, and the tail."""
+    """Invariant 3. TransformerEngine #2596. The padding of the incoming gradient too, and the tail."""
     assert rank_pool.run(poisoned, 4, seq, fill, dtype) == [[]] * 4
 
 
 @pytest.mark.parametrize("order", ["BL", "LB"])
 @pytest.mark.parametrize("fill", FILLS)
 def test_keys_that_are_masked_away_may_hold_anything(rank_pool: RankPool, fill: float, order: Order) -> None:
+    """Invariant 3."""
     assert rank_pool.run(poisoned_keys, 2, fill, order) == [[], []]
 
 
 @pytest.mark.parametrize("seq", [(170, 176, 176, 182), (176,) * 4, (352, 0, 351, 1), (700, 2, 1, 1)])
 def test_report_4_698_tokens_in_704_slots(rank_pool: RankPool, seq: Sizes) -> None:
-    """TransformerEngine #3331 counted 174 tokens on each of 4 ranks, and dropped the last real ones."""
+    """B14: TransformerEngine #3331 counted 174 tokens on each of 4 ranks, and dropped the last real ones."""
     options: dict[str, Any] = documents([200, 1, 300, 197], [204, 1, 300, 199]) | {"is_causal": True}
     assert options["cu_seqlens"][-1] == 698
     assert options["cu_seqlens_padded"][-1] == 704
@@ -239,6 +240,7 @@ def test_one_padded_document_on_two_ranks(rank_pool: RankPool, real: int, slots:
 @pytest.mark.parametrize("seq", CUTS)
 @pytest.mark.parametrize("document", [i for i, real in enumerate(REALS) if real])
 def test_a_document_does_not_depend_on_the_others(rank_pool: RankPool, seq: Sizes, document: int) -> None:
+    """Invariant 4."""
     assert rank_pool.run(one_document_alone, 4, seq, document) == [[]] * 4
 
 
@@ -259,6 +261,7 @@ def test_nothing_but_padding(rank_pool: RankPool, reals: list[int]) -> None:
 
 
 def test_lengths_that_change_from_step_to_step(rank_pool: RankPool) -> None:
+    """Invariant 7, B25."""
     assert rank_pool.run(lengths_from_step_to_step, 3) == [[]] * 3
 
 

@@ -245,7 +245,8 @@ WIRED = {
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("name", WIRED)
 def test_two_collectives_each_way_and_no_padding(rank_pool: RankPool, name: str, dtype: torch.dtype) -> None:
-    """Each query token-head, each key/value token-head for each other rank that needs it, each output: once."""
+    """Invariant 8: each query token-head, each key/value token-head for each other rank that needs it, each output,
+    once."""
     case = WIRED[name]
     for sent, wanted in rank_pool.run(sent_and_planned, case.ranks, case, dtype):
         assert sent == wanted
@@ -261,7 +262,8 @@ def test_the_bytes_of_the_shape_table(rank_pool: RankPool) -> None:
 @pytest.mark.parametrize("heads", [(2, 2), (4, 0), (1, 3)])
 @pytest.mark.parametrize("seq", [(3, 2), (0, 5)])
 def test_recomputation_repeats_the_forward(rank_pool: RankPool, seq: tuple[int, ...], heads: tuple[int, ...]) -> None:
-    """In one order on every rank: what one sends, the other expects. Dropout falls on the same weights."""
+    """Invariant 8, in one order on every rank: what one sends, the other expects. Dropout falls on the same
+    weights."""
     case = Case(ranks=2, kind="none", batch=2, seq=seq, kv_seq=seq, num_heads=(4, 2), widths=(6, 4), heads=heads)
     results = rank_pool.run(recomputed, 2, case, timeout=20)
     assert [failures for _, _, failures in results] == [[], []]
@@ -278,13 +280,16 @@ def test_recomputation_repeats_the_forward(rank_pool: RankPool, seq: tuple[int, 
 def test_modules_of_different_heads_and_groups_interleave(
     rank_pool: RankPool, backward_order: tuple[int, ...]
 ) -> None:
+    """Invariant 6, B3."""
     assert rank_pool.run(interleaved, 4, backward_order) == [[]] * 4
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_gradient_has_the_dtype_of_its_input(rank_pool: RankPool, dtype: torch.dtype) -> None:
+    """Invariant 10, B15."""
     assert rank_pool.run(dtypes_of_gradients, 2, dtype) == [[dtype] * 4 + [torch.float32]] * 2
 
 
 def test_gradients_are_those_of_small_differences(rank_pool: RankPool) -> None:
+    """Invariant 10."""
     assert rank_pool.run(numeric_gradient, 2) == [True, True]
