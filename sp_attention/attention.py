@@ -87,10 +87,11 @@ def ulysses_attention(
 
     Raises:
         ValueError: the same text on every rank, and the group stays usable. What one rank has wrong (a shape that is
-            not its shard, an option that ``attend`` does not take, other documents than its peers have) travels with
-            the queries and names the rank; so does, with the output, an ``attend`` that raises or gives another shape
-            or dtype. Raised before any collective is only what leaves open how much a rank has to send: tensors of
-            another number of dimensions, head counts that fit nothing, a sharding or group that cannot be.
+            not its shard, an option of a wrong type, other documents than its peers have) travels with the queries
+            and names the rank; so does, with the output, an ``attend`` that raises or gives another shape or dtype.
+            Raised before any collective is an option that ``attend`` does not take, and what leaves open how much a
+            rank has to send: tensors of another number of dimensions, head counts that fit nothing, a sharding or
+            group that cannot be.
             On CUDA the peers of the rank that is wrong have a device assertion instead, and in compiled code all.
     """
     options = given_options(
@@ -136,7 +137,9 @@ def _attend_over_ranks(
     Args:
         problem: of the documents.
     """
-    problem = call.problem or problem_of_attend(attend, options) or problem_of(options, call) or problem
+    if refusal := problem_of_attend(attend, options):  # every rank has the same attend, and sees it
+        raise ValueError(refusal)
+    problem = call.problem or problem_of(options, call) or problem
     facts = "" if problem else facts_of(call, options, documents)
     draws = "dropout" in options
     seed = torch.randint(torch.iinfo(torch.int64).max, ()) if draws else torch.zeros((), dtype=torch.int64)

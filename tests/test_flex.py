@@ -299,4 +299,4 @@ def refused(rank: int, options: dict[str, Any]) -> str:
 )
 def test_what_it_cannot_honour_is_refused(options: dict[str, Any], name: str, rank_pool: RankPool) -> None:
     for text in rank_pool.run(refused, 3, options):
-        assert text.startswith(f"rank 0: attend 'attend' takes no {name}; give it arguments of these names")
+        assert text.startswith(f"attend 'attend' takes no {name}; give it arguments of these names")

@@ -185,21 +185,6 @@ ON_ONE_RANK: dict[str, tuple[Change, str]] = {
         DROPOUT.format("tensor([0.5000, 0.5000])"),
     ),
     "dropout of letters": (lambda a: {"dropout_p": "0.5"}, DROPOUT.format("'0.5'")),
-    "causal refused": (lambda a: {"attend": no_options, "is_causal": True}, TAKES_NO.format("is_causal")),
-    "window refused": (lambda a: {"attend": no_options, "window": (2, 0)}, TAKES_NO.format("window")),
-    "masks refused": (
-        lambda a: {"attend": no_options, "attn_mask": mask(7, 7), "key_padding_mask": mask(2, 7), "scale": 2.0},
-        TAKES_NO.format("attn_mask, key_padding_mask"),
-    ),
-    "sinks refused": (lambda a: {"attend": no_options, "sinks_N": torch.zeros(4)}, TAKES_NO.format("sinks_n")),
-    "dropout refused": (lambda a: {"attend": no_options, "dropout_p": 0.5}, TAKES_NO.format("dropout")),
-    "torch's own attention": (
-        lambda a: {"attend": F.scaled_dot_product_attention},
-        "attend is torch's scaled_dot_product_attention, which takes (B, n, L, H) and would read lengths as heads; "
-        "leave attend out to use it in the right layout",
-    ),
-    "an attend without a signature": (lambda a: {"attend": max}, UNSEEN.format("<built-in function max>")),
-    "an attend that is none": (lambda a: {"attend": 3}, UNSEEN.format("3")),
     "dropout of 1": (lambda a: {"dropout_p": 1.0}, DROPOUT.format("1.0")),
     "dropout below 0": (lambda a: {"dropout_p": -0.1}, DROPOUT.format("-0.1")),
     "dropout of nan": (lambda a: {"dropout_p": NAN}, DROPOUT.format("nan")),
@@ -332,8 +317,24 @@ BY_GROUPS = (
     "number has to divide that of the query heads"
 )
 
-# What leaves open how much there is to send: refused before any collective, on the ranks that have it.
+# What attend cannot honour, and what leaves open how much there is to send: refused before any collective, on the
+# ranks that have it.
 BEFORE: dict[str, tuple[Change, str]] = {
+    "torch's own attention": (
+        lambda a: {"attend": F.scaled_dot_product_attention},
+        "attend is torch's scaled_dot_product_attention, which takes (B, n, L, H) and would read lengths as heads; "
+        "leave attend out to use it in the right layout",
+    ),
+    "an attend without a signature": (lambda a: {"attend": max}, UNSEEN.format("<built-in function max>")),
+    "an attend that is none": (lambda a: {"attend": 3}, UNSEEN.format("3")),
+    "causal refused": (lambda a: {"attend": no_options, "is_causal": True}, TAKES_NO.format("is_causal")),
+    "window refused": (lambda a: {"attend": no_options, "window": (2, 0)}, TAKES_NO.format("window")),
+    "masks refused": (
+        lambda a: {"attend": no_options, "attn_mask": mask(7, 7), "key_padding_mask": mask(2, 7), "scale": 2.0},
+        TAKES_NO.format("attn_mask, key_padding_mask"),
+    ),
+    "sinks refused": (lambda a: {"attend": no_options, "sinks_N": torch.zeros(4)}, TAKES_NO.format("sinks_n")),
+    "dropout refused": (lambda a: {"attend": no_options, "dropout_p": 0.5}, TAKES_NO.format("dropout")),
     "three dimensions": (lambda a: {"v_BlGH": torch.zeros(2, 3, 2)}, f"v is (2, 3, 2); {SAME}"),
     "no tensor": (lambda a: {"k_BlGH": None}, f"k is NoneType; {SAME}"),
     "heads in no groups": (lambda a: {"q_BlNH": a["q_BlNH"][:, :, :3]}, BY_GROUPS.format(3, 2)),
@@ -461,7 +462,7 @@ def order_differs(rank: int) -> tuple[str, bool]:
 
 @pytest.mark.parametrize("name", ON_ONE_RANK)
 def test_one_ranks_mistake_is_told_to_all(rank_pool: RankPool, name: str) -> None:
-    """Invariant 7; and 12, of what attend cannot honour."""
+    """Invariant 7."""
     assert rank_pool.run(wrong_on_rank_1, 2, name, timeout=20) == [(f"rank 1: {ON_ONE_RANK[name][1]}", True)] * 2
 
 
@@ -501,7 +502,7 @@ def test_ranks_that_disagree_are_told_apart(rank_pool: RankPool, name: str) -> N
 
 
 @pytest.mark.parametrize("name", BEFORE)
-def test_what_leaves_sizes_open_is_refused_before_any_collective(rank_pool: RankPool, name: str) -> None:
+def test_what_every_rank_sees_is_refused_before_any_collective(rank_pool: RankPool, name: str) -> None:
     """Invariant 12, where every rank has it."""
     assert rank_pool.run(refused_before, 2, name, timeout=20) == [(BEFORE[name][1], [])] * 2
 
