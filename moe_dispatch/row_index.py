@@ -85,13 +85,18 @@ class Arrivals:
         received_of_entry_M = self.received_before_G1.index_select(0, g_of_entry_M)
         key_of_entry_M = token_of_entry_M.add(mine_of_entry_M, alpha=grid.num_tokens)
         key_of_row_M, entry_of_row_M = key_of_entry_M.sort(stable=True)
+        entry_M = torch.arange(num_rows, device=entry_of_row_M.device)
+        # Every received row has an entry, so the least one is where it starts; ``starts`` takes 5 times as long.
+        first_entry_R = entry_M.new_full((num_received,), num_rows).scatter_reduce_(
+            0, received_of_entry_M, entry_M, "amin"
+        )
         return {
             "rows_per_expert_e": torch.searchsorted(key_of_row_M, grid.first_key_e1).diff(),
             "token_of_row_M": token_of_entry_M.index_select(0, entry_of_row_M),
             "received_of_row_M": received_of_entry_M.index_select(0, entry_of_row_M),
             "choice_of_row_M": (flat_of_entry_M % grid.num_choices).index_select(0, entry_of_row_M),
-            "row_of_entry_M": inverse(entry_of_row_M),
-            "first_entry_R": starts(received_of_entry_M, num_received),
+            "row_of_entry_M": torch.empty_like(entry_M).scatter_(0, entry_of_row_M, entry_M),
+            "first_entry_R": first_entry_R,
         }
 
 
