@@ -286,7 +286,8 @@ def test_where_counts_first_cost_less() -> None:
     # (P - 1)(392 - 1200 / P) bytes in 10 us of 1 GB/s: more than 10000 from P = 29.5 on.
     found = crossing(config_with(model=model, load=load, cluster=cluster | {"latency_us": 10.0}))
     assert found == Crossing(ranks_by_bytes=4, ranks_by_time=30)
-    never = crossing(config_with(model=model, load={"tokens_per_rank": 1}, cluster=cluster | {"latency_us": 1e9}))
+    far = cluster | {"latency_us": 1e9, "ranks_per_node": 8}  # 8 ranks more each time: up to the last in a second
+    never = crossing(config_with(model=model, load={"tokens_per_rank": 1}, cluster=far))
     assert never.ranks_by_time is None
 
 
