@@ -94,6 +94,14 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Script:
 
 ROWS = ("FSDP2 x2", "FSDP2 x2 + EP2", "TP2 + EP2")  # of tiny
 MUTANT = next(iter(MUTANTS))
+MUTANTS_ANYWHERE = (  # in plain data parallelism too
+    "weights-twice",
+    "gradients-averaged",
+    "stale-plan",
+    "weights-without-gradient",
+    "bias-in-weights",
+    "weights-in-bfloat16",
+)
 
 
 def test_all_rows_run_in_every_dtype_against_one_reference_per_shape(
@@ -187,10 +195,20 @@ def test_mutants_run_where_they_can_show_until_caught_in_float64(script: Script,
 
 
 def test_a_missed_mutant_fails_the_run_of_all(script: Script, capsys: pytest.CaptureFixture[str]) -> None:
-    for name in list(MUTANTS)[1:]:
+    for name in MUTANTS_ANYWHERE[1:]:
         script.results["FSDP2 x2", name] = "logits"
     assert cli.main(["validate", "tiny", "--mutants", "--rows", "FSDP2 x2"]) == 1
     assert capsys.readouterr().out.count("MISSED") == 1
+
+
+def test_a_mutant_that_can_show_in_none_of_the_rows_is_not_run(
+    script: Script, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in MUTANTS_ANYWHERE:
+        script.results["FSDP2 x2", name] = "logits"
+    assert cli.main(["validate", "tiny", "--mutants", "--rows", "FSDP2 x2"]) == 0
+    assert {mutant for _, _, mutant in script.calls} == {"", *MUTANTS_ANYWHERE}
+    assert capsys.readouterr().out.count("none in which it could show") == len(MUTANTS) - len(MUTANTS_ANYWHERE)
 
 
 WRONG_INPUT = [

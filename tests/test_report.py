@@ -82,6 +82,7 @@ def test_mutants_table_tells_which_quantity_in_which_row_caught_each() -> None:
             mutant("late", AGREEING, DIFFERING),
             mutant("unseen", AGREEING, AGREEING),
             mutant("crash", AGREEING, BROKEN),
+            mutant("elsewhere"),
         ),
     )
     assert not run.all_caught
@@ -90,6 +91,7 @@ def test_mutants_table_tells_which_quantity_in_which_row_caught_each() -> None:
         "late the late bug wrong [red] gradients caught",
         "unseen the unseen bug all 2 MISSED",
         "crash the crash bug all 2 ERROR",
+        "elsewhere the elsewhere bug none in which it could show not run",
         "broken, float64, broke off: rank 1 raised",
         "something [bold]",
     ]
@@ -100,6 +102,7 @@ def test_mutants_are_caught_only_by_rows_that_agree_without_them() -> None:
     assert MutantsRun(controls=(AGREEING,), mutants=(caught,)).all_caught
     assert not MutantsRun(controls=(DIFFERING,), mutants=(caught,)).all_caught
     assert not MutantsRun(controls=(AGREEING,), mutants=(caught, mutant("broken", BROKEN))).all_caught
+    assert MutantsRun(controls=(AGREEING,), mutants=(caught, mutant("shows in no row"))).all_caught
 
 
 def test_progress_is_one_plain_line_per_row_where_there_is_no_terminal() -> None:
@@ -136,12 +139,15 @@ def test_json_holds_every_number_and_the_verdict(tmp_path: Path) -> None:
 
 def test_json_of_mutants_tells_which_were_caught(tmp_path: Path) -> None:
     path = tmp_path / "out.json"
-    runs = (mutant("a", DIFFERING), mutant("b", AGREEING))
+    runs = (mutant("a", DIFFERING), mutant("b", AGREEING), mutant("c"))
     report.write_json(path, CONFIG, MutantsRun(controls=(AGREEING,), mutants=runs))
     found = json.loads(path.read_text())
-    assert [(run["name"], run["caught"], run["rows"][0]["disagreeing"]) for run in found["mutants"]] == [
-        ("a", True, ["gradients"]),
-        ("b", False, []),
+    assert [
+        (run["could_show"], run["caught"], [row["disagreeing"] for row in run["rows"]]) for run in found["mutants"]
+    ] == [
+        (True, True, [["gradients"]]),
+        (True, False, [[]]),
+        (False, False, []),
     ]
     assert not found["passed"]
 

@@ -45,15 +45,20 @@ class MatrixRun:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MutantRun:
-    """A mutant and the rows that ran with it, the last of which caught it or was the last there is."""
+    """A mutant and the rows that ran with it, the last of which caught it or was the last there is; none where it
+    could show in none."""
 
     name: str
     description: str
     rows: tuple[RowResult, ...]
 
     @property
+    def could_show(self) -> bool:
+        return bool(self.rows)
+
+    @property
     def caught(self) -> bool:
-        return _catches(self.rows[-1])
+        return self.could_show and _catches(self.rows[-1])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +70,9 @@ class MutantsRun:
 
     @property
     def all_caught(self) -> bool:
-        return all(row.agrees for row in self.controls) and all(run.caught for run in self.mutants)
+        """Whether every mutant that could show was."""
+        showing = [run for run in self.mutants if run.could_show]
+        return all(row.agrees for row in self.controls) and all(run.caught for run in showing)
 
 
 def run_matrix(
@@ -110,7 +117,7 @@ def run_mutants(
     runs: list[MutantRun] = []
     for name, mutant in mutants.items():
         results: list[RowResult] = []
-        for row in [row for row in rows if mutant.shows_in(row)] or rows:
+        for row in filter(mutant.shows_in, rows):
             if row.name not in control_of_row:
                 control_of_row[row.name] = runner.run(row, "")
             results.append(runner.run(row, name))

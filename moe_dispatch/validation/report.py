@@ -31,6 +31,7 @@ from .results import QUANTITIES, RowResult
 # terminal.
 WIDTH = 250
 MESH = "dp sp tp ep"
+VERDICTS = ("agrees", "disagreeing", "could_show", "caught")
 
 
 def output_console() -> Console:
@@ -88,6 +89,9 @@ def print_mutants(console: Console, run: MutantsRun) -> None:
         table.add_row("(none)", "control: has to agree", Text(row.name), "", _verdict(row))
     table.add_section()
     for mutant in run.mutants:
+        if not mutant.could_show:
+            table.add_row(Text(mutant.name), Text(mutant.description), "none in which it could show", "", "not run")
+            continue
         last = mutant.rows[-1]
         broken = [row for row in mutant.rows if row.error]
         verdict = Text("caught", "green") if mutant.caught else Text("ERROR" if broken else "MISSED", "bold red")
@@ -166,7 +170,7 @@ def _print_text(console: Console, lines: Iterator[str]) -> None:
 def _fields(value: Any) -> dict[str, Any]:
     """A result as a dict, with the verdict that its numbers imply."""
     fields = {name: getattr(value, name) for name in type(value).__dataclass_fields__}
-    verdicts = {name: getattr(value, name) for name in ("agrees", "disagreeing", "caught") if hasattr(value, name)}
+    verdicts = {name: getattr(value, name) for name in VERDICTS if hasattr(value, name)}
     return fields | verdicts
 
 
