@@ -1,15 +1,22 @@
 """SwiGLU experts over ragged rows."""
 
+from functools import cached_property
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .autocast import cast_to_autocast, without_autocast
 
 
 class GroupedExperts(nn.Module):
     """This rank's experts: ``down(weight * silu(gate(x)) * up(x))`` for each expert's rows.
 
     The routing weight multiplies the hidden row, before the bias-free down-projection: the same as on the output, and
-    narrower.
+    narrower. Under ``torch.autocast`` products are of its dtype, as those of ``nn.Linear``.
+
+    On CUDA, bfloat16 rows and weights (also those of autocast), with D and F multiples of 8, run without the host;
+    others are multiplied expert by expert, which waits for the counts, once per forward.
 
     Args:
         num_experts: e, the experts of this rank; 0 is ordinary.
@@ -54,26 +61,50 @@ class GroupedExperts(nn.Module):
                 f"{self.num_experts} experts here; pass the rows and weights of dispatch and the rows_per_expert_e "
                 "of its plan"
             )
-        hidden_MF = F.silu(grouped_product(x_MD, self.gate_eDF, rows_per_expert_e))
-        hidden_MF = hidden_MF * grouped_product(x_MD, self.up_eDF, rows_per_expert_e)
+        groups = RowGroups(rows_per_expert_e)
+        hidden_MF = F.silu(grouped_product(x_MD, self.gate_eDF, groups))
+        hidden_MF = hidden_MF * grouped_product(x_MD, self.up_eDF, groups)
         weighted_MF = (hidden_MF * weight_M.unsqueeze(1)).to(x_MD.dtype)
-        return grouped_product(weighted_MF, self.down_eFD, rows_per_expert_e)
+        return grouped_product(weighted_MF, self.down_eFD, groups).to(x_MD.dtype)
 
     def extra_repr(self) -> str:
         return f"num_experts={self.num_experts}, dim={self.dim}, hidden={self.hidden}"
 
 
-def grouped_product(x_MI: Tensor, w_eIO: Tensor, rows_per_expert_e: Tensor) -> Tensor:
-    """Each expert's rows times its matrix: (M, in) and (e, in, out) -> (M, out)."""
+class RowGroups:
+    """How many rows each expert has, in the forms that products want; each is made once."""
+
+    def __init__(self, rows_per_expert_e: Tensor) -> None:
+        self.rows_per_expert_e = rows_per_expert_e
+
+    @cached_property
+    def ends_e(self) -> Tensor:
+        """Where the rows of each end."""
+        return self.rows_per_expert_e.cumsum(0).to(torch.int32)
+
+    @cached_property
+    def counts(self) -> list[int]:
+        """On the host."""
+        return self.rows_per_expert_e.tolist()
+
+
+def grouped_product(x_MI: Tensor, w_eIO: Tensor, groups: RowGroups) -> Tensor:
+    """Each expert's rows times its matrix: (M, in) and (e, in, out) -> (M, out), in the dtype of autocast if it is
+    on."""
+    x_MI, w_eIO = cast_to_autocast(x_MI), cast_to_autocast(w_eIO)
+    with without_autocast(x_MI):
+        return _grouped_product(x_MI, w_eIO, groups)
+
+
+def _grouped_product(x_MI: Tensor, w_eIO: Tensor, groups: RowGroups) -> Tensor:
     if _grouped_mm_runs(x_MI, w_eIO):
-        ends_e = rows_per_expert_e.cumsum(0).to(torch.int32)
         if x_MI.stride() != (x_MI.shape[1], 1):  # it wants strides of 16 bytes, of a single row too
             x_MI = x_MI.clone(memory_format=torch.contiguous_format)
-        y_MO = F.grouped_mm(x_MI, w_eIO, offs=ends_e)
+        y_MO = F.grouped_mm(x_MI, w_eIO, offs=groups.ends_e)
         if y_MO.requires_grad:
             y_MO.register_hook(Tensor.contiguous)  # its backward refuses an expanded gradient, e.g. that of sum()
         return y_MO
-    return _product_by_expert(x_MI, w_eIO, rows_per_expert_e)
+    return _product_by_expert(x_MI, w_eIO, groups.counts)
 
 
 def _grouped_mm_runs(x_MI: Tensor, w_eIO: Tensor) -> bool:
@@ -84,10 +115,9 @@ def _grouped_mm_runs(x_MI: Tensor, w_eIO: Tensor) -> bool:
     return fits and len(x_MI) > 0 and len(w_eIO) > 0
 
 
-def _product_by_expert(x_MI: Tensor, w_eIO: Tensor, rows_per_expert_e: Tensor) -> Tensor:
+def _product_by_expert(x_MI: Tensor, w_eIO: Tensor, counts: list[int]) -> Tensor:
     if not len(w_eIO):
         return x_MI @ w_eIO.sum(0)  # no experts, so no rows of any: a product that keeps both in the graph
-    counts = rows_per_expert_e.tolist()
     *x_of_expert, unused_mI = x_MI.split([*counts, len(x_MI) - sum(counts)])
     products = [x_mI @ w_IO for x_mI, w_IO in zip(x_of_expert, w_eIO.unbind(0), strict=True)]
     return torch.cat([*products, unused_mI.new_zeros(len(unused_mI), w_eIO.shape[2])])

@@ -80,11 +80,6 @@ class DispatchMetadata:
         return _without(self.rows_received, self.rank)
 
     @property
-    def num_sent(self) -> int:
-        """Rows for all ranks."""
-        return len(self.token_of_sent_S)
-
-    @property
     def num_received(self) -> int:
         """Rows from all ranks."""
         return sum(self.rows_received)
@@ -100,7 +95,7 @@ class DispatchMetadata:
         return 0
 
     def checked(self, y_tD: Tensor) -> Tensor:
-        """The result of a combine, as it is: this plan was checked when it was made."""
+        """The sums of this rank's tokens, as they are: this plan was checked when it was made."""
         return y_tD
 
     def __eq__(self, other: object) -> bool:

@@ -46,8 +46,9 @@ class StaticPlan(DispatchMetadata):
         return 1
 
     def checked(self, y_tD: Tensor) -> Tensor:
-        """The result of a combine; NaN where the report tells of a problem."""
-        return y_tD.add_(self.doubt.to(y_tD.dtype))
+        """The sums of this rank's tokens, without those of unused entries; NaN where the report tells of a
+        problem."""
+        return y_tD[: self.num_tokens] + self.doubt.to(y_tD.dtype)
 
     def check(self) -> None:
         """Raise ValueError, the same on every rank, if rows did not fit or a rank had a problem.

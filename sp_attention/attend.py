@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from .autocast import cast_to_autocast, without_autocast
+from moe_dispatch.autocast import cast_to_autocast, without_autocast
+
 from .dropout import Dropout
 
 CPU_ALIGNMENT_BYTES = 64

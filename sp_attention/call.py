@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_dispatch import Partition, TokenSharding
+from moe_dispatch.autocast import cast_to_autocast
 
-from .autocast import cast_to_autocast
 from .exchange import Lane, check_sharding
 from .heads import GroupedHeads, heads_of_call
 

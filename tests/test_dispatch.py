@@ -14,7 +14,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_dispatch import DispatchMetadata, Partition, TokenSharding, combine, dispatch, plan_dispatch
+from moe_dispatch import (
+    DispatchMetadata,
+    Partition,
+    StaticSizes,
+    TokenSharding,
+    combine,
+    dispatch,
+    plan_dispatch,
+    plan_static,
+)
 from moe_dispatch.testing import RankPool
 
 from .dense import (
@@ -138,14 +147,18 @@ def failures_of(case: Case, found: list[str]) -> list[str]:
 # ---- cases: what the ranks run -------------------------------------------------------------------------
 
 
+def turns(i: int) -> tuple[str, bool]:
+    """Memory of the inputs, and whether combine weighs, of case i: slower than experts and K take turns."""
+    return list(MEMORIES)[i // 4 % 4], i // 3 % 2 == 0
+
+
 def run_cases(rank: int, cases: list[tuple[Case, Answer]]) -> list[str]:
     """Every case, with the memory of the inputs and the place of the weights taking turns."""
     failures = []
-    memories = list(MEMORIES.items())
     for i, (case, answer) in enumerate(cases):
-        memory_name, memory = memories[i % 4]
+        memory_name, weigh_in_combine = turns(i)
         try:
-            layer = Layer(rank, case, memory=memory, weigh_in_combine=i % 3 == 0)
+            layer = Layer(rank, case, memory=MEMORIES[memory_name], weigh_in_combine=weigh_in_combine)
             found = misplaced(layer, rank) + differences(layer.backward(), answer.for_rank(rank, case))
         except Exception as error:
             error.add_note(f"in case {case.name}, memory {memory_name}")
@@ -350,6 +363,9 @@ def test_outputs_and_gradients_equal_the_dense_layer(rank_pool: RankPool, ranks:
     torch.manual_seed(ranks)
     cases = [(case, dense_answer(case)) for case in make_cases(ranks)]
     assert len(cases) >= 180
+    met = {(turns(i), case.expert_BLK.shape[2], case.experts) for i, (case, _) in enumerate(cases)}
+    assert len({(weigh, num_choices) for (_, weigh), num_choices, _ in met}) == 2 * 3
+    assert len({(memory, experts) for (memory, _), _, experts in met}) == 4 * len(EXPERTS[ranks])
     for failures in rank_pool.run(run_cases, ranks, cases):
         assert failures == []
 
@@ -761,3 +777,36 @@ def rows_of_crowded_token(rank: int) -> tuple[tuple[int, ...], tuple[int, ...], 
 
 def test_a_token_crosses_to_a_rank_once(rank_pool: RankPool) -> None:
     assert rank_pool.run(rows_of_crowded_token, 2) == [((0, 1), (0, 0), 0), ((0, 0), (1, 0), 4)]
+
+
+# ---- what a caller does with the results ---------------------------------------------------------------
+
+
+def add_to_results_in_place(rank: int, static: bool) -> list[str]:
+    """A residual added in place, to the rows and to the output, against the same out of place."""
+    sharding, experts = TokenSharding(batch=2, seq=Partition((3, 2))), Partition((2, 1))
+    torch.manual_seed(rank)
+    expert_BlK = torch.rand(*sharding.local_shape(rank), 3).topk(2).indices
+    weight_BlK = torch.rand(*sharding.local_shape(rank), 2, dtype=torch.float64)
+    x_BlD = torch.randn(*sharding.local_shape(rank), 5, dtype=torch.float64, requires_grad=True)
+    given = {"dim": 5, "sharding": sharding, "experts": experts, "group": world()}
+    if static:
+        plan = plan_static(expert_BlK, **given, sizes=StaticSizes(rows_per_pair=6, rows=20))
+    else:
+        plan = plan_dispatch(expert_BlK, **given)
+    found = []
+    for in_place in (True, False):
+        x_MD, weight_M = dispatch(x_BlD, weight_BlK, plan)
+        x_MD = x_MD.add_(1) if in_place else x_MD + 1
+        y_BlD = combine(x_MD, plan, weight_M)
+        if in_place:
+            y_BlD += x_BlD
+        else:
+            y_BlD = y_BlD + x_BlD
+        found.append((y_BlD.detach(), torch.autograd.grad(y_BlD.square().sum(), x_BlD)[0]))
+    return [name for name, one, other in zip(("y", "x"), *found, strict=True) if not one.equal(other)]
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_results_can_be_written_to(rank_pool: RankPool, static: bool) -> None:
+    assert rank_pool.run(add_to_results_in_place, 2, static) == [[], []]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_dispatch import GroupedExperts, SwiGLU, experts
-from moe_dispatch.experts import grouped_product
+from moe_dispatch.experts import RowGroups, grouped_product
 
 DIM, HIDDEN = 16, 24  # multiples of 16 bytes in every dtype
 # Experts without rows: none, first, in the middle, last, all but one, all.
@@ -231,7 +231,7 @@ def test_rows_may_be_strided(dtype: torch.dtype) -> None:
 def test_every_rows_expert_is_the_one_it_was_sorted_to() -> None:
     x_MI = torch.tensor([[1.0], [2.0], [3.0], [4.0]])
     w_eIO = torch.tensor([[[1.0, 0.0]], [[10.0, 0.0]], [[100.0, 1.0]]])
-    y_MO = grouped_product(x_MI, w_eIO, torch.tensor([1, 0, 3]))
+    y_MO = grouped_product(x_MI, w_eIO, RowGroups(torch.tensor([1, 0, 3])))
     assert y_MO.tolist() == [[1, 0], [200, 2], [300, 3], [400, 4]]
 
 
@@ -280,3 +280,35 @@ def test_swiglu_is_one_expert_for_every_token() -> None:
     y_BLD = shared(inputs.x_MD.view(2, 3, DIM))
     torch.testing.assert_close(y_BLD.flatten(0, 1), inputs.row_by_row(), rtol=1e-12, atol=1e-12)
     assert set(shared.state_dict()) == {"gate.weight", "up.weight", "down.weight"}
+
+
+# ---- autocast ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("dim", "hidden"), [(DIM, HIDDEN), (7, 9)])
+@pytest.mark.parametrize("rows", [(3, 2, 4, 1), (0, 0, 0, 0), ()])
+def test_autocast_multiplies_in_its_dtype_whatever_the_widths_and_rows(
+    rows: tuple[int, ...], dim: int, hidden: int
+) -> None:
+    inputs, low = Inputs(rows, torch.float32, dim, hidden), Inputs(rows, torch.float32, dim, hidden)
+    low.module.bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y_MD = inputs.forward()
+    assert y_MD.dtype == torch.float32  # of the rows, on a rank without experts too: combine sends them
+    with torch.no_grad():
+        groups = RowGroups(torch.tensor(rows, dtype=torch.int64))
+        x_MD = low.x_MD.bfloat16()
+        gate_MF, up_MF = (grouped_product(x_MD, w, groups) for w in (low.module.gate_eDF, low.module.up_eDF))
+        hidden_MF = (F.silu(gate_MF) * up_MF * low.weight_M.unsqueeze(1)).bfloat16()
+        wanted_MD = grouped_product(hidden_MF, low.module.down_eFD, groups)
+    assert torch.equal(y_MD, wanted_MD.float())
+    y_MD.sum().backward()
+    assert all(parameter.grad is not None for parameter in inputs.module.parameters())
+
+
+def test_counts_are_read_once_however_many_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    reads = []
+    tolist = Tensor.tolist
+    monkeypatch.setattr(Tensor, "tolist", lambda x: (reads.append(x.shape), tolist(x))[1])
+    Inputs((3, 2), torch.float64).forward()
+    assert len(reads) == 1

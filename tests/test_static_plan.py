@@ -122,7 +122,9 @@ def differences(rank: int, cases: list[tuple[Case, StaticSizes]], dtype: torch.d
 def test_the_same_rows_and_sums_as_a_counted_plan(rank_pool: RankPool, ranks: int, dtype: torch.dtype) -> None:
     torch.manual_seed(30 + ranks)
     cases = []
-    for i, case in enumerate(make_cases(ranks)[::3]):
+    drawn = make_cases(ranks)[::5]  # K takes turns of 3
+    assert {case.expert_BLK.shape[2] for case in drawn} == {1, 2, 4}
+    for i, case in enumerate(drawn):
         sizes, more = enough(case), (0, 1, 40)[i % 3]
         cases.append((case, StaticSizes(rows_per_pair=sizes.rows_per_pair + more, rows=sizes.rows + more)))
     for failures in rank_pool.run(differences, ranks, cases, dtype):

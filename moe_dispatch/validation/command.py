@@ -33,8 +33,8 @@ class Job:
 
 
 def validate(arguments: argparse.Namespace) -> int:
-    """0: every row agrees, or every mutant that can show in these rows was caught; 1: not; 2: wrong input, told before
-    anything ran."""
+    """0: every row agrees, or every mutant that can show in these rows was caught; 1: not; 2: wrong input, told
+    before anything ran."""
     try:
         job = prepare(arguments)
     except ValueError as error:

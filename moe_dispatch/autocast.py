@@ -1,4 +1,4 @@
-"""torch.autocast: attention over ranks does with it what scaled_dot_product_attention does on one."""
+"""torch.autocast over ranks: every rank casts alike, also one that has nothing to multiply."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 def cast_to_autocast(x: Tensor) -> Tensor:
-    """``x`` in the dtype that autocast gives the inputs of attention, if it is on; float64 stays.
+    """``x`` in the dtype that autocast gives the inputs of a product, if it is on; float64 stays.
 
-    Done before anything travels: a rank without heads never calls the attention that would cast, and its peers wait
-    for bytes of one dtype.
+    Done by hand: a rank without heads or experts never calls what would cast, and its peers wait for bytes of one
+    dtype.
     """
     kind = x.device.type
     if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
