@@ -68,17 +68,18 @@ class Grid:
         device: torch.device,
         dtype: torch.dtype | None = None,
         facts: str = "",
+        also: str = "",
     ) -> "Grid":
         """Made once for a call of these arguments, and kept by the sharding: all layers of a step use the same.
 
         Args:
-            dtype, facts: as in :func:`plan_dispatch`.
+            dtype, facts, also: as in :func:`plan_dispatch`.
         """
-        key = (cls, experts, rank, num_choices, dim, device, dtype, facts)
+        key = (cls, experts, rank, num_choices, dim, device, dtype, facts, also)
 
         def make() -> "Grid":
             told = facts or facts_of(num_choices, dim, sharding, experts, dtype)
-            return cls._made(sharding, experts, rank, num_choices, told, device)
+            return cls._made(sharding, experts, rank, num_choices, f"{also}, {told}" if also else told, device)
 
         return sharding.keep(key, make)
 

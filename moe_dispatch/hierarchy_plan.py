@@ -18,6 +18,7 @@ from .exchange import check_group
 from .grid import facts_of
 from .metadata import DispatchMetadata, plan_dispatch, refuse_plan
 from .partition import Partition
+from .row_index import inverse
 from .sharding import TokenSharding
 
 
@@ -100,20 +101,12 @@ def plan_hierarchical(
     Raises:
         ValueError: the same text on every rank of every node, and before any row moves: whatever one rank has wrong
             that :func:`plan_dispatch` reports, and ranks that disagree about dim, dtype, experts, sharding or K.
-            Sizes that do not fit the groups, and groups that do not number ranks node after node, are refused before
-            any collective. Beliefs that change how much is sent break the backend, as in :func:`plan_dispatch`.
+            Sizes that do not fit the groups, and groups of this rank that do not number ranks node after node, are
+            refused before any collective, by the ranks that see it. Beliefs that change how much is sent break the
+            backend, as in :func:`plan_dispatch`.
     """
     _check_groups(sharding, experts, nodes)
-    per_node = [Partition(experts.sizes[rank] for rank in nodes.node(node)) for node in range(nodes.inter.size())]
-    columns = [sharding.select(nodes.column(place)) for place in range(nodes.intra.size())]
-    # Inside, tokens are counted as they arrive from between nodes: this node's own come last.
-    home = nodes.inter.rank()
-    order = [*(node for node in range(nodes.inter.size()) if node != home), home]
-    arriving = [column.select(order) for column in columns]
-    all_of_node = TokenSharding(batch=1, seq=Partition(sum(column.local_sizes) for column in columns))
-    mine = per_node[nodes.inter.rank()]
-    # A node without experts owes its part in the exchange too: it gets one that nobody chooses.
-    held = mine if mine.total else Partition((1, *mine.sizes[1:]))
+    pieces = _Pieces.of(sharding, experts, nodes)
     is_tensor = isinstance(expert_BlK, Tensor)
     num_choices = max(expert_BlK.shape[-1], 1) if is_tensor and expert_BlK.ndim else 1
     facts = facts_of(num_choices, dim, sharding, experts, dtype)
@@ -121,8 +114,8 @@ def plan_hierarchical(
         between = plan_dispatch(
             expert_BlK,
             dim=dim,
-            sharding=columns[nodes.intra.rank()],
-            experts=Partition(of_node.total for of_node in per_node),
+            sharding=pieces.column,
+            experts=pieces.nodes_experts,
             group=nodes.inter,
             weight_BlK=weight_BlK,
             dtype=dtype,
@@ -134,20 +127,68 @@ def plan_hierarchical(
             num_choices=num_choices,
             device=expert_BlK.device if is_tensor else torch.device("cpu"),
             dim=dim,
-            sharding=all_of_node,
-            experts=held,
+            sharding=pieces.all_of_node,
+            experts=pieces.held,
             group=nodes.intra,
         )
         raise  # not reached: refuse_plan raises
-    arrivals = _Arrivals.of(between, arriving[nodes.intra.rank()])
+    came = _TokensOfNode.of(between, pieces.arriving[nodes.intra.rank()])
     plan = plan_dispatch(
-        arrivals.expert_GK.unsqueeze(0), dim=dim, sharding=all_of_node, experts=held, group=nodes.intra, facts=facts
+        came.expert_GK.unsqueeze(0),
+        dim=dim,
+        sharding=pieces.all_of_node,
+        experts=pieces.held,
+        group=nodes.intra,
+        facts=facts,
     )
-    return HierarchicalPlan(nodes=nodes, between=between, within=_renumbered(plan, arrivals, arriving, mine))
+    return HierarchicalPlan(nodes=nodes, between=between, within=_renumbered(plan, came, pieces))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Arrivals:
+class _Pieces:
+    """What both plans are made over: the same for all layers of a step. Kept by the sharding of all ranks, so that
+    what its pieces keep (``Grid``) is made once too.
+
+    Attributes:
+        column: the tokens of this rank's column.
+        nodes_experts: the experts of each node.
+        arriving: the tokens of each of the columns, in the order in which they arrive from between nodes.
+        all_of_node: those of all columns, as the tokens of this node.
+        mine: the experts of this node's ranks.
+        held: the same, but one that nobody chooses for a node without: it owes its part in the exchange too.
+    """
+
+    column: TokenSharding
+    nodes_experts: Partition
+    arriving: tuple[TokenSharding, ...]
+    all_of_node: TokenSharding
+    mine: Partition
+    held: Partition
+
+    @classmethod
+    def of(cls, sharding: TokenSharding, experts: Partition, nodes: NodeGroups) -> "_Pieces":
+        key = (cls, experts, nodes.inter.size(), nodes.intra.size(), nodes.rank)
+        return sharding.keep(key, lambda: cls._made(sharding, experts, nodes))
+
+    @classmethod
+    def _made(cls, sharding: TokenSharding, experts: Partition, nodes: NodeGroups) -> "_Pieces":
+        per_node = [Partition(experts.sizes[rank] for rank in nodes.node(node)) for node in range(nodes.inter.size())]
+        columns = [sharding.select(nodes.column(place)) for place in range(nodes.intra.size())]
+        home = nodes.inter.rank()  # this node's own tokens come last
+        order = [*(node for node in range(nodes.inter.size()) if node != home), home]
+        mine = per_node[home]
+        return cls(
+            column=columns[nodes.intra.rank()],
+            nodes_experts=Partition(of_node.total for of_node in per_node),
+            arriving=tuple(column.select(order) for column in columns),
+            all_of_node=TokenSharding(batch=1, seq=Partition(sum(column.local_sizes) for column in columns)),
+            mine=mine,
+            held=mine if mine.total else Partition((1, *mine.sizes[1:])),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _TokensOfNode:
     """What the plan between nodes says of the tokens that came.
 
     G: tokens of the column, in the order in which they arrive. R: those that came.
@@ -157,12 +198,12 @@ class _Arrivals:
     expert_GK: Tensor  # of my node, counted from its first; -1 for choices elsewhere
 
     @classmethod
-    def of(cls, between: DispatchMetadata, column: TokenSharding) -> "_Arrivals":
+    def of(cls, between: DispatchMetadata, column: TokenSharding) -> "_TokensOfNode":
         device, num_choices = between.expert_BlK.device, between.expert_BlK.shape[2]
         token_of_received_R = torch.zeros(sum(between.rows_received), dtype=torch.int64, device=device)
         token_of_received_R[between.received_of_row_M] = between.token_of_row_M
         rank_of_received_R, local_token_R = column.locate(token_of_received_R)
-        offsets = torch.tensor(Partition(column.local_sizes).offsets, dtype=torch.int64, device=device)
+        offsets = torch.tensor(column.local_starts, dtype=torch.int64, device=device)
         g_of_received_R = offsets[rank_of_received_R] + local_token_R
         expert_GK = torch.full((sum(column.local_sizes), num_choices), -1, dtype=torch.int64, device=device)
         expert_GK[g_of_received_R[between.received_of_row_M], between.choice_of_row_M] = _expert_of_row(between)
@@ -176,28 +217,25 @@ class _Arrivals:
         return received_of_G
 
 
-def _renumbered(
-    plan: DispatchMetadata, arrivals: _Arrivals, columns: list[TokenSharding], experts: Partition
-) -> DispatchMetadata:
+def _renumbered(plan: DispatchMetadata, came: _TokensOfNode, pieces: _Pieces) -> DispatchMetadata:
     """The plan inside a node, of all tokens of its columns, as one of the tokens that came, rows in global order."""
-    device = arrivals.expert_GK.device
+    columns, device = pieces.arriving, came.expert_GK.device
     token_of_row_M = torch.cat([column.stacked_tokens(device) for column in columns])[plan.token_of_row_M]
     # As flat: by expert, then global token; a stable sort leaves the choices of a token in order.
     old_of_row_M = (_expert_of_row(plan) * columns[0].num_tokens + token_of_row_M).argsort(stable=True)
-    row_of_old_M = torch.empty_like(old_of_row_M)
-    row_of_old_M[old_of_row_M] = torch.arange(len(old_of_row_M), device=device)
+    row_of_old_M = inverse(old_of_row_M)
     return replace(
         plan,
-        local_shape=(1, len(arrivals.g_of_received_R), plan.local_shape[2]),
-        expert_BlK=arrivals.expert_GK[arrivals.g_of_received_R].unsqueeze(0),
-        experts=experts,
-        rows_per_expert_e=plan.rows_per_expert_e[: experts.sizes[plan.rank]].clone(),
+        local_shape=(1, len(came.g_of_received_R), plan.local_shape[2]),
+        expert_BlK=came.expert_GK[came.g_of_received_R].unsqueeze(0),
+        experts=pieces.mine,
+        rows_per_expert_e=plan.rows_per_expert_e[: pieces.mine.sizes[plan.rank]].clone(),
         token_of_row_M=token_of_row_M[old_of_row_M],
         received_of_row_M=plan.received_of_row_M[old_of_row_M],
         choice_of_row_M=plan.choice_of_row_M[old_of_row_M],
         row_of_entry_M=row_of_old_M[plan.row_of_entry_M],
-        token_of_sent_S=arrivals.received_of_G[plan.token_of_sent_S],
-        first_entry_t=plan.first_entry_t[arrivals.g_of_received_R],
+        token_of_sent_S=came.received_of_G[plan.token_of_sent_S],
+        first_entry_t=plan.first_entry_t[came.g_of_received_R],
     )
 
 

@@ -28,8 +28,7 @@ class DispatchMetadata:
     """Where every row of one dispatch comes from and goes to. Made by :func:`plan_dispatch`; holds no activation.
 
     Letters: t tokens of this rank, S rows it sends, R rows it receives, M rows of its experts, e its experts. All
-        tensors are int64 on the
-    device of the ids.
+    tensors are int64 on the device of the ids.
 
     Attributes:
         local_shape: (b, l, D), or (l, b, D) for order "LB": the shape of this rank's tokens.
@@ -101,7 +100,7 @@ class DispatchMetadata:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, DispatchMetadata):
             return NotImplemented
-        pairs = ((getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
+        pairs = ((getattr(self, f.name), getattr(other, f.name)) for f in fields(self) if f.compare)
         return all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in pairs)
 
     __hash__ = None  # type: ignore[assignment]  # tensors compare by value, and they can be written to
@@ -118,6 +117,7 @@ def plan_dispatch(
     weight_BlK: Tensor | None = None,
     dtype: torch.dtype | None = None,
     facts: str = "",
+    also: str = "",
 ) -> DispatchMetadata:
     """Plan which rows go where. One collective of known size, then one copy to the host: the only one of the layer.
 
@@ -135,22 +135,30 @@ def plan_dispatch(
             break the backend later.
         facts: what the ranks have to agree on, as text, for a plan that is a part of a larger one; the arguments of
             this call where it is left out.
+        also: what they have to agree on besides, as text.
 
     Raises:
         ValueError: the same text on every rank, naming the rank at fault: ids of the wrong dtype or shape or outside
             the experts, a NaN weight, or ranks that disagree about dim, dtype, experts, sharding or K. Raised after
             the routing exchange, and before any row moves; the group stays usable. A group of the wrong size is
-            refused before any collective. Beliefs that change how much is sent (a shard of another size, a K that
-            takes more or fewer steps of 4 bytes) cannot be told this way: the backend fails, or waits.
+            refused before any collective. Beliefs that change how much is sent (a shard of another size; a last
+            dimension, of the weights or else of the ids, that as K takes more or fewer steps of 4 bytes) cannot be
+            told this way: the backend fails, or waits.
     """
     check_plan(dim, sharding, experts, group)
     rank = group.rank()
     problem = problem_of_arguments(expert_BlK, weight_BlK, sharding, rank)
     if problem:
-        num_choices = max(expert_BlK.shape[-1], 1) if isinstance(expert_BlK, Tensor) and expert_BlK.ndim else 1
-        device = expert_BlK.device if isinstance(expert_BlK, Tensor) else torch.device("cpu")
+        # What the peers wait for is as long as K says; the weights may know it where the ids do not.
+        known = [x for x in (weight_BlK, expert_BlK) if isinstance(x, Tensor) and x.ndim]
         refuse_plan(
-            problem, num_choices=num_choices, device=device, dim=dim, sharding=sharding, experts=experts, group=group
+            problem,
+            num_choices=max(known[0].shape[-1], 1) if known else 1,
+            device=known[0].device if known else torch.device("cpu"),
+            dim=dim,
+            sharding=sharding,
+            experts=experts,
+            group=group,
         )
     grid = Grid.of(
         sharding,
@@ -161,6 +169,7 @@ def plan_dispatch(
         device=expert_BlK.device,
         dtype=dtype,
         facts=facts,
+        also=also,
     )
     wanted_tK = expert_BlK.flatten(0, 1) + 1
     id_tK = wanted_tK.clamp(0, experts.total)

@@ -32,11 +32,11 @@ class MoE(nn.Module):
 
     Attributes:
         load_E: choices that fell on each expert from this rank's tokens since :meth:`update_bias`; counted in
-            training mode, once per forward (a recomputation does not count), and not part of the state dict.
+            training mode, once per forward (a recomputation does not count), and not part of the state dict. It is a
+            buffer: pass ``broadcast_buffers=False`` to DistributedDataParallel, which would overwrite the counts.
 
     Gradients: each rank's loss counts its own tokens; the gradient of a parameter that several ranks hold is the
-        *sum* of theirs. Experts
-    need no reduction over ``group``: all of their rows came here.
+    *sum* of theirs. Experts need no reduction over ``group``: all of their rows came here.
 
     Raises:
         ValueError: experts that are not what the partition gives this rank, or a router over another number of
@@ -71,9 +71,9 @@ class MoE(nn.Module):
     def forward(self, x_BlD: Tensor, *, sharding: TokenSharding) -> tuple[Tensor, Tensor]:
         """The layer's output and the router's scores.
 
-        Three collectives forward and two backward. Inside non-reentrant ``torch.utils.checkpoint`` the recomputation
-        takes the plan of its
-        forward: tokens are routed once.
+        Three collectives forward and two backward. Inside ``torch.utils.checkpoint(use_reentrant=False)`` the
+        recomputation takes the plan of its forward: tokens are routed once. A reentrant one, or one with other
+        saved-tensor hooks around the layer, routes them again.
 
         Args:
             x_BlD: (b, l, D), or (l, b, D), this rank's tokens.
@@ -84,7 +84,8 @@ class MoE(nn.Module):
 
         Raises:
             ValueError: the same on every rank of the group, naming the rank at fault: an ``x_BlD`` of the wrong shape
-                or dtype, a NaN in the routing weights, ranks that disagree about the sharding.
+                or dtype, a NaN in the routing weights, ranks that disagree about the sharding or about what needs a
+                gradient.
         """
         problem = self._problem(x_BlD, sharding)
         if problem:
@@ -98,7 +99,11 @@ class MoE(nn.Module):
                 group=self.group,
             )
         scores_BlE = self.router(x_BlD)
-        metadata = self._plans.recall(lambda: self._plan(scores_BlE.detach(), x_BlD.dtype, sharding))
+        # A rank that takes no part in backward would leave its peers waiting there.
+        of_rows = torch.is_grad_enabled() and (x_BlD.requires_grad or scores_BlE.requires_grad)
+        of_experts = torch.is_grad_enabled() and any(w.requires_grad for w in self.experts.parameters())
+        also = f"gradients of tokens or weights {of_rows}, of experts {of_experts}"
+        metadata = self._plans.recall(lambda: self._plan(scores_BlE.detach(), x_BlD.dtype, sharding, also))
         weight_BlK = self.router.weigh(scores_BlE, metadata.expert_BlK)
         rows = start_dispatch(x_BlD, weight_BlK, metadata)
         shared_BlD = None if self.shared is None else self.shared(x_BlD)  # while the rows are on their way
@@ -127,7 +132,7 @@ class MoE(nn.Module):
         self.router.update_bias(self.load_E, rate)
         self.load_E.zero_()
 
-    def _plan(self, scores_BlE: Tensor, dtype: torch.dtype, sharding: TokenSharding) -> DispatchMetadata:
+    def _plan(self, scores_BlE: Tensor, dtype: torch.dtype, sharding: TokenSharding, also: str) -> DispatchMetadata:
         expert_BlK = self.router.choose(scores_BlE)
         metadata = plan_dispatch(
             expert_BlK,
@@ -137,6 +142,7 @@ class MoE(nn.Module):
             group=self.group,
             weight_BlK=self.router.weigh(scores_BlE, expert_BlK),
             dtype=dtype,
+            also=also,
         )
         if self.training and not in_backward():
             count_E1 = self.load_E.new_zeros(len(self.load_E) + 1)  # first those of "no expert", id -1

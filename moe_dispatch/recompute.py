@@ -3,7 +3,9 @@
 ``torch.utils.checkpoint(use_reentrant=False)`` runs a region again in backward. Routing must not be decided again
 there: a tie that falls the other way on one rank gives ranks different plans, which is a hang or wrong rows. PyTorch
 has no public way to ask "which forward is being recomputed?"; the answer is the checkpoint's frame, which its
-saved-tensor hooks hold. Where such hooks are active and hold no frame, we refuse rather than decide again.
+saved-tensor hooks hold. Where the innermost hooks are a checkpoint's and hold no frame, we refuse rather than decide
+again. A reentrant checkpoint has no hooks, and other hooks around the layer (``save_on_cpu``) hide those of the
+checkpoint: there tokens are routed again, on all ranks alike, and only a router that decides alike gives the same.
 """
 
 import weakref

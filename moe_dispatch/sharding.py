@@ -120,10 +120,13 @@ class TokenSharding:
     def locate(self, global_token: Tensor) -> tuple[Tensor, Tensor]:
         """(rank, local token) of each global token: the inverse of :meth:`global_token`.
 
-        A token that no rank of this sharding holds (see :meth:`select`) has rank -1 and local token -1.
+        A token that no rank of this sharding holds (see :meth:`select`), or that there is not, has rank -1 and local
+        token -1.
         """
+        outside = (global_token < 0) | (global_token >= self.num_tokens)
         inner = max(self.global_shape[1], 1)
-        outer, inner = global_token // inner, global_token % inner
+        token = global_token.masked_fill(outside, 0)
+        outer, inner = token // inner, token % inner
         row, position = (outer, inner) if self.order == "BL" else (inner, outer)
         batch_piece, seq_piece = self.batch.owner(row), self.seq.owner(position)
 
@@ -139,7 +142,7 @@ class TokenSharding:
         rank_of_rectangle = [-1] * (len(self.batch) * len(self.seq))
         for rank, rectangle in enumerate(self.rectangles):
             rank_of_rectangle[rectangle] = rank
-        rank = of_piece(rank_of_rectangle, batch_piece * len(self.seq) + seq_piece)
+        rank = of_piece(rank_of_rectangle, batch_piece * len(self.seq) + seq_piece).masked_fill(outside, -1)
         return rank, torch.where(rank < 0, -1, local_token)
 
     def positions(self, rank: int, device: torch.device | str = "cpu") -> Tensor:

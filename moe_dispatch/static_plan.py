@@ -6,14 +6,14 @@ choices, so each sees by itself whether the sizes are enough for all: where not,
 outputs of all ranks are NaN, and :meth:`StaticPlan.check` says why.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from .agreement import BAD
-from .grid import Grid, facts_of
+from .grid import Grid
 from .metadata import DispatchMetadata
 from .partition import Partition, check_count
 from .plan_checks import check_plan, problem_of_arguments, status_word
@@ -38,7 +38,7 @@ class StaticPlan(DispatchMetadata):
 
     sizes: StaticSizes
     report_P2: Tensor
-    doubt: Tensor
+    doubt: Tensor = field(compare=False)  # NaN is not equal to itself; the report says as much
 
     @property
     def spare(self) -> int:
@@ -113,7 +113,8 @@ def plan_static(
         num_choices=num_choices,
         dim=dim,
         device=expert_BlK.device,
-        facts=f"{sizes}, {facts_of(num_choices, dim, sharding, experts, dtype)}",
+        dtype=dtype,
+        also=f"{sizes}",
     )
     wanted_tK = expert_BlK.flatten(0, 1) + 1
     id_tK = wanted_tK.clamp(0, experts.total)

@@ -25,6 +25,7 @@ from moe_dispatch import (
     plan_dispatch,
     plan_hierarchical,
 )
+from moe_dispatch.grid import Grid
 from moe_dispatch.testing import RankPool
 
 from .dense import (
@@ -436,3 +437,26 @@ def test_rows_that_do_not_fit_the_plan(rank_pool: RankPool) -> None:
         assert x.startswith(f"rank {rank}: x is (2,")
         assert weight.startswith(f"rank {rank}: weights are (2,")
         assert "one floating-point row per row of dispatch" in y
+
+
+def kept_by_layers(rank: int) -> list[int]:
+    """Grids made by the plans of three layers, one after the other."""
+    made: list[Grid] = []
+    make = Grid._made
+
+    def counted(*args: Any) -> Grid:
+        made.append(make(*args))
+        return made[-1]
+
+    numbers = []
+    sharding, experts = TokenSharding(batch=2, seq=Partition((3, 0, 1, 2))), Partition((2, 1, 0, 1))
+    expert_BlK = torch.zeros(*sharding.local_shape(rank), 1, dtype=torch.int64)
+    with node_groups(rank, 2, 2) as nodes, mock.patch.object(Grid, "_made", counted):
+        for _ in range(3):
+            plan_hierarchical(expert_BlK, dim=4, sharding=sharding, experts=experts, nodes=nodes)
+            numbers.append(len(made))
+    return numbers
+
+
+def test_layers_of_a_step_share_what_their_plans_know_beforehand(rank_pool: RankPool) -> None:
+    assert rank_pool.run(kept_by_layers, 4) == [[2, 2, 2]] * 4

@@ -961,6 +961,8 @@ def spoil(x_BlD: Tensor, sharding: TokenSharding, mistake: str) -> tuple[Tensor,
         x_BlD = x_BlD.detach().to(torch.int64)
     elif mistake == "float32":
         x_BlD = x_BlD.detach().float()
+    elif mistake == "no gradient":
+        x_BlD = x_BlD.detach()
     elif mistake == "the other order":
         sharding = TokenSharding(batch=2, seq=sharding.seq, order="LB")
         x_BlD = x_BlD.transpose(0, 1)
@@ -1017,6 +1019,53 @@ def test_ranks_that_disagree_are_told_so(mistake: str, rank_pool: RankPool) -> N
     assert "[0]" in texts[0]
     assert "[1, 2]" in texts[0]
     assert_like_one_process(WRONG, outcomes)
+
+
+def one_rank_without_gradient(rank: int, without: str) -> str:
+    """What a layer with a frozen router says where tokens of rank 1, or its experts, need no gradient."""
+    moe, (x_BlD, _, _) = WRONG.layer(rank), WRONG.shards(rank)
+    moe.router.requires_grad_(False)
+    if rank == 1:
+        (x_BlD if without == "tokens" else moe.experts).requires_grad_(False)
+    try:
+        moe(x_BlD, sharding=WRONG.sharding)
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.parametrize("without", ["tokens", "experts"])
+def test_a_rank_that_would_leave_backward_to_its_peers_is_told(without: str, rank_pool: RankPool) -> None:
+    texts = rank_pool.run(one_rank_without_gradient, 3, without)
+    assert len(set(texts)) == 1
+    assert "the ranks disagree about one plan" in texts[0]
+    assert "gradients of tokens or weights True, of experts True" in texts[0]
+
+
+# ---- autocast ------------------------------------------------------------------------------------------
+
+
+def in_autocast(rank: int, case: Case) -> tuple[torch.dtype, Tensor, Tensor]:
+    """Dtype of the output, the output, and the gradient of the tokens."""
+    moe, (x_BlD, _, _) = case.layer(rank), case.shards(rank)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y_BlD, _ = moe(x_BlD, sharding=case.sharding)
+    y_BlD.sum().backward()
+    assert x_BlD.grad is not None
+    return y_BlD.dtype, y_BlD.detach(), x_BlD.grad
+
+
+@pytest.mark.parametrize("experts", [(4, 0), (0, 4), (2, 2)])
+def test_autocast_gives_what_it_gives_without_ranks_without_experts(
+    experts: tuple[int, ...], rank_pool: RankPool
+) -> None:
+    case, one = (Case(seq=(3, 2), experts=sizes, dtype=torch.float32) for sizes in (experts, (4,)))
+    one = replace(one, seq=(5,))
+    ((dtype, y_BLD, grad_BLD),) = rank_pool.run(in_autocast, 1, one)
+    found = rank_pool.run(in_autocast, 2, case)
+    assert {each[0] for each in found} == {dtype} == {torch.float32}
+    assert_close(torch.cat([each[1] for each in found], 1), y_BLD, 1e-6, "y")  # measured: 0
+    assert_close(torch.cat([each[2] for each in found], 1), grad_BLD, 1e-6, "dx")
 
 
 def test_a_mistake_of_the_last_rank_is_told_too(rank_pool: RankPool) -> None:

@@ -12,8 +12,11 @@ from torch import Tensor
 
 from moe_dispatch import (
     DispatchMetadata,
+    GroupedExperts,
+    MoE,
     Partition,
     TokenSharding,
+    TopKRouter,
     combine,
     dispatch,
     plan_dispatch,
@@ -64,6 +67,39 @@ def noted_exchanges(events: list[str]) -> Iterator[None]:
         yield
     finally:
         module.start_exchange_into = start_exchange_into
+
+
+class NotedShared(torch.nn.Module):
+    def __init__(self, events: list[str]) -> None:
+        super().__init__()
+        self.events = events
+
+    def forward(self, x_BlD: Tensor) -> Tensor:
+        return _Noted.apply(x_BlD, self.events, "shared")  # type: ignore[return-value]
+
+
+def events_of_layer(rank: int) -> list[str]:
+    """What happens in forward and backward of an MoE layer with shared experts."""
+    world: Any = dist.group.WORLD
+    experts, sharding, events = Partition((2, 1, 2)), TokenSharding(batch=2, seq=Partition((3, 0, 2))), []
+    moe = MoE(
+        router=TopKRouter(DIM, 5, 2, score="sigmoid"),
+        experts=GroupedExperts(experts.sizes[rank], DIM, 4),
+        partition=experts,
+        group=world,
+        shared=NotedShared(events),
+    )
+    x_BlD = torch.randn(*sharding.local_shape(rank), DIM).requires_grad_()
+    with noted_exchanges(events):
+        moe(x_BlD, sharding=sharding)[0].sum().backward()
+    return events
+
+
+def test_shared_experts_compute_while_rows_are_on_their_way(rank_pool: RankPool) -> None:
+    forward = ["start", "shared", "wait", "start", "wait"]
+    backward = ["start", "wait", "start", "backward of shared", "wait"]
+    for events in rank_pool.run(events_of_layer, RANKS):
+        assert events == forward + backward
 
 
 def made(rank: int) -> tuple[Tensor, Tensor, DispatchMetadata]:

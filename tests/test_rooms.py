@@ -9,9 +9,14 @@ from pathlib import Path
 import pytest
 
 import moe_dispatch
+import sp_attention
 
 ROOT = Path(moe_dispatch.__file__).parent
 MODULES = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in sorted(ROOT.rglob("*.py"))}
+ATTENTION = {
+    f"sp_attention/{path.name}": path.read_text(encoding="utf-8")
+    for path in sorted(Path(sp_attention.__file__).parent.glob("*.py"))
+}
 LIBRARY = {  # what a user imports to train; the rest is for tests and for `validate`
     name
     for name in MODULES
@@ -36,14 +41,16 @@ INDEX_ARITHMETIC = {
 # Tables that no code writes to.
 CONSTANT_TABLES = {
     ("__init__.py", "__all__"),
+    ("sp_attention/__init__.py", "__all__"),
     ("cli.py", "MODULES_OF_EXTRA"),
     ("validation/config.py", "TABLES"),
     ("validation/config.py", "DEFAULT_OF_ROW"),
 }
 COLLECTIVES = {
-    "all_gather", "all_gather_into_tensor", "all_gather_object", "all_reduce", "all_to_all", "all_to_all_single",
-    "barrier", "broadcast", "broadcast_object_list", "gather_object", "irecv", "isend", "recv", "reduce",
-    "reduce_scatter", "reduce_scatter_tensor", "scatter_object_list", "send",
+    "all_gather", "all_gather_into_tensor", "all_gather_object", "all_gather_single", "all_reduce", "all_to_all",
+    "all_to_all_single", "barrier", "batch_isend_irecv", "broadcast", "broadcast_object_list", "gather_object",
+    "irecv", "isend", "recv", "reduce", "reduce_scatter", "reduce_scatter_single", "reduce_scatter_tensor",
+    "scatter_object_list", "send",
 }  # fmt: skip
 HOST_SYNCS = {"cpu", "item", "nonzero", "numpy", "tolist"}
 
@@ -166,18 +173,23 @@ def test_index_arithmetic_knows_no_process_groups_and_no_floats(name: str) -> No
 
 def test_only_exchange_calls_the_all_to_all_and_only_once() -> None:
     rivals = {"bench/floor.py", "bench/textbook.py"}  # what the exchange is timed against
-    used = {name: attributes(source).count("all_to_all_single") for name, source in MODULES.items()}
+    both = MODULES | ATTENTION
+    used = {name: attributes(source).count("all_to_all_single") for name, source in both.items()}
     assert {name: count for name, count in used.items() if count and name not in rivals} == {"exchange.py": 1}
-    assert not [name for name, source in MODULES.items() if "all_to_all" in attributes(source)]
+    assert not [name for name, source in both.items() if "all_to_all" in attributes(source)]
 
 
 def test_other_collectives_of_the_library_are_the_one_sum_of_counts() -> None:
     used = {(name, call) for name in LIBRARY for call in calls(MODULES[name]) if call in COLLECTIVES}
     assert used == {("exchange.py", "all_to_all_single"), ("balance.py", "all_reduce")}
+    used = {(name, call) for name, source in ATTENTION.items() for call in calls(source) if call in COLLECTIVES}
+    assert used == {("sp_attention/loss.py", "all_reduce")}
 
 
 def test_index_arithmetic_stays_in_its_rooms() -> None:
     assert {name for name in LIBRARY if index_arithmetic(MODULES[name])} - set(INDEX_ARITHMETIC) == set()
+    for name in ("exchange", "status", "attention", "shard"):
+        assert index_arithmetic(ATTENTION[f"sp_attention/{name}.py"]) == set(), name
 
 
 def test_moving_rows_needs_no_arithmetic_on_indices() -> None:
@@ -256,21 +268,23 @@ def test_the_public_names_are_those_of_the_contract() -> None:
 
 
 def test_no_module_holds_anything_that_can_change() -> None:
-    found = {(name, variable) for name, source in MODULES.items() for variable in mutable_globals(source)}
+    both = MODULES | ATTENTION
+    found = {(name, variable) for name, source in both.items() for variable in mutable_globals(source)}
     assert found - CONSTANT_TABLES == set()
 
 
 def test_only_the_pool_of_ranks_is_kept_per_process() -> None:
     cached = {
         name
-        for name, source in MODULES.items()
+        for name, source in (MODULES | ATTENTION).items()
         for node in ast.walk(ast.parse(source))
         if isinstance(node, ast.FunctionDef)
         for decorator in node.decorator_list
-        if "cache" in ast.unparse(decorator)
+        if "cache" in ast.unparse(decorator) and ast.unparse(decorator) != "cached_property"  # of an object
     }
     assert cached == {"testing.py"}
 
 
 def test_no_environment_variable_changes_a_result() -> None:
-    assert not [name for name in LIBRARY if set(attributes(MODULES[name])) & {"environ", "getenv"}]
+    read = {name: MODULES[name] for name in LIBRARY} | ATTENTION
+    assert not [name for name, source in read.items() if set(attributes(source)) & {"environ", "getenv"}]

@@ -330,3 +330,12 @@ def test_a_wrong_call_is_refused(call: Callable[[], Any], text: str) -> None:
 def test_a_token_of_an_empty_shard_is_refused() -> None:
     with pytest.raises(ValueError, match="local token 0 of rank 1, which holds "):
         SHARDING.global_token(0, 1)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_token_that_there_is_not_is_nowhere(order: Order) -> None:
+    sharding = sharding_of(Layout(batch=(2,), seq=(3, 2), order=order))
+    rank_N, local_N = sharding.locate(torch.tensor([-1, 0, 9, 10, 11, 100]))
+    assert (rank_N < 0).tolist() == (local_N < 0).tolist() == [True, False, False, True, True, True]
+    empty = TokenSharding(batch=0, seq=Partition((3, 2)))
+    assert empty.locate(torch.tensor([0, -1]))[0].tolist() == [-1, -1]

@@ -60,9 +60,11 @@ def positions_from_zero(right: Right) -> Wrong:
 def stale_plan(right: Right) -> Wrong:
     first_plans: dict[int, DispatchMetadata] = {}
 
-    def plan(moe: MoE, scores_BlE: Tensor, dtype: torch.dtype, sharding: TokenSharding) -> DispatchMetadata:
+    def plan(
+        moe: MoE, scores_BlE: Tensor, dtype: torch.dtype, sharding: TokenSharding, also: str
+    ) -> DispatchMetadata:
         if id(moe) not in first_plans:
-            first_plans[id(moe)] = right(moe, scores_BlE, dtype, sharding)
+            first_plans[id(moe)] = right(moe, scores_BlE, dtype, sharding, also)
         return first_plans[id(moe)]
 
     return plan
