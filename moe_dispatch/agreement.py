@@ -67,5 +67,5 @@ def raise_on_every_rank(problem: str, facts: str, *, device: torch.device, group
         raise ValueError("; ".join(problems))
     told = "; ".join(f"rank{'s' * (len(ranks) > 1)} {ranks}: {text}" for text, ranks in ranks_of_facts.items())
     raise ValueError(
-        f"the ranks disagree about one plan ({told}); every rank of the group has to pass the same values"
+        f"the ranks disagree about one call ({told}); every rank of the group has to pass the same values"
     )

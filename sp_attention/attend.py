@@ -114,9 +114,11 @@ class Mask:
             values = allowed if attn_mask is None else allowed & attn_mask
             closed = ~values.any(-1, keepdim=True)
             return cls(values | closed, closed)
+        # Cast first: the lowest float32, a usual way to say "no", is -inf in bfloat16.
+        attn_mask = attn_mask.to(like.dtype)
         allowed = allowed & (attn_mask > -torch.inf)
         closed = ~allowed.any(-1, keepdim=True)
-        values = attn_mask.to(like.dtype).masked_fill(~allowed, -torch.inf).masked_fill(closed, 0.0)
+        values = attn_mask.masked_fill(~allowed, -torch.inf).masked_fill(closed, 0.0)
         return cls(values, closed)
 
 

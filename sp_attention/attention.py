@@ -141,8 +141,9 @@ def _attend_over_ranks(
         raise ValueError(refusal)
     problem = call.problem or problem_of(options, call) or problem
     facts = "" if problem else facts_of(call, options, documents)
+    on_device = {"dtype": torch.int64, "device": call.device}
     draws = "dropout" in options
-    seed = torch.randint(torch.iinfo(torch.int64).max, ()) if draws else torch.zeros((), dtype=torch.int64)
+    seed = torch.randint(torch.iinfo(torch.int64).max, (), **on_device) if draws else torch.zeros((), **on_device)
     q_BLnH, k_BLgH, v_BLgH, seed = spread(call, facts, problem, seed)
     if problem:  # in compiled code, where the graph has to be whole to raise when it runs
         return collect(_zeros(q_BLnH, v_BLgH), call, Failure(problem))
@@ -150,7 +151,23 @@ def _attend_over_ranks(
     if "first_head" in inspect.signature(attend).parameters:
         options["first_head"] = call.heads.query.offsets[call.rank]
     out_BLnH, failure = _attend_or_fail(attend, q_BLnH, k_BLgH, v_BLgH, options, documents)
-    return collect(out_BLnH, call, failure)
+    return collect(_RecomputedSoFar.apply(out_BLnH), call, failure)  # type: ignore[arg-type]
+
+
+class _RecomputedSoFar(torch.autograd.Function):
+    """The identity; saves an empty tensor. A checkpoint recomputes on the ranks on which backward asks for something
+    saved, and as far as that: so it does on all of them, through the exchange there and not the one back, whatever
+    their ``attend`` saves."""
+
+    @staticmethod
+    def forward(ctx: Any, out_BLnH: Tensor) -> Tensor:
+        ctx.save_for_backward(out_BLnH.new_empty(0))
+        return out_BLnH.view_as(out_BLnH)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        _ = ctx.saved_tensors
+        return grads[0]
 
 
 def _attend_or_fail(

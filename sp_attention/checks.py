@@ -23,7 +23,12 @@ def problem_of(options: Mapping[str, Any], call: Call) -> str:
 
 def is_number(value: object) -> bool:
     """Neither a tensor, whose gradient would be lost and whose value every rank would have to read, nor NaN."""
-    return isinstance(value, Real) and not isinstance(value, bool) and -math.inf < float(value) < math.inf
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return False
+    try:
+        return -math.inf < float(value) < math.inf
+    except OverflowError:  # an int beyond them
+        return False
 
 
 def _of_causal(value: Any, call: Call) -> str:

@@ -110,9 +110,8 @@ def attend_documents(
     sizes = [end - start for start, end in pairwise(cuts)]
     parts = [x_BLnH.split(sizes, dim=1)[1::2] for x_BLnH in (q_BLnH, k_BLgH, v_BLgH)]
     pieces = []
-    for (start, end), q_BsnH, k_BsgH, v_BsgH in zip(documents.spans, *parts, strict=True):
-        padding = sum(piece.shape[1] for piece in pieces)
-        pieces.append(_zeros(start - padding, q_BLnH, v_BLgH))
+    for (start, end), gap, q_BsnH, k_BsgH, v_BsgH in zip(documents.spans, sizes[:-1:2], *parts, strict=True):
+        pieces.append(_zeros(gap, q_BLnH, v_BLgH))
         pieces.append(attend_or_zeros(attend, q_BsnH, k_BsgH, v_BsgH, _of_document(options, start, end)))
     pieces.append(_zeros(sizes[-1], q_BLnH, v_BLgH))
     # An empty piece that is in the graph even where there is no document.
@@ -123,17 +122,12 @@ def attend_documents(
 def attend_or_zeros(
     attend: Callable[..., Tensor], q_BLnH: Tensor, k_BLgH: Tensor, v_BLgH: Tensor, options: Mapping[str, Any]
 ) -> Tensor:
-    """``attend``, unless there is no query, head or key: then zeros.
-
-    They stay in the graph, of whatever is learned among the options too, and save tensors in it: so backward asks for
-    the recomputation of a checkpoint on this rank when it does on the others, and all of them repeat the exchange.
-    """
+    """``attend``, unless there is no query, head or key: then zeros, in the graph of the tensors and of whatever is
+    learned among the options: every rank takes part in backward."""
     if q_BLnH.numel() and k_BLgH.numel() and v_BLgH.shape[3]:
         return attend(q_BLnH, k_BLgH, v_BLgH, **options)
     learned = [x for x in options.values() if isinstance(x, Tensor) and x.is_floating_point()]
-    of_q, of_k, of_v = (x.flatten()[:0].sum() for x in (q_BLnH, k_BLgH, v_BLgH))
-    zero = of_q * of_k * of_v
-    zero = zero + sum(x.flatten()[:0].sum().to(zero.dtype) for x in learned)
+    zero = sum(x.flatten()[:0].sum().to(q_BLnH.dtype) for x in (q_BLnH, k_BLgH, v_BLgH, *learned))
     return _zeros(q_BLnH.shape[1], q_BLnH, v_BLgH) + zero
 
 

@@ -63,7 +63,11 @@ def flex_attend(
             with without_autocast(q_BLnH):
                 out_BnLH = _attend_on_whole_tensors(q_BnLH, k_BgLH, v_BgLH, score, mask, scale)
         else:
-            block_mask = None if mask is None else create_block_mask(mask, *grid, device=q_BLnH.device)
+            whole = grid[2:]  # evaluated as a whole: for each batch row and head only where they differ
+            per_row = grid[0] if key_padding_mask is not None or attn_mask is not None or mask_mod else None
+            per_head = grid[1] if attn_mask is not None or mask_mod else None
+            sizes = (per_row, per_head, *whole)
+            block_mask = None if mask is None else create_block_mask(mask, *sizes, device=q_BLnH.device)
             out_BnLH = attention(
                 q_BnLH, k_BgLH, v_BgLH, score_mod=score, block_mask=block_mask, scale=scale, enable_gqa=True
             )

@@ -42,10 +42,11 @@ class GroupedHeads:
 
     def kv_by_rank(self, x_BlGH: Tensor) -> Tensor:
         """The heads that each rank needs, side by side: (..., G, H) -> (..., kv_sent.total, H)."""
-        head_of_sent = [head for needed in self.kv_ranges for head in needed]
-        if head_of_sent == list(range(self.num_kv)):
+        ranges = [needed for needed in self.kv_ranges if needed]
+        if [head for needed in ranges for head in needed] == list(range(self.num_kv)):
             return x_BlGH
-        return copy_heads(x_BlGH, torch.tensor(head_of_sent, device=x_BlGH.device))
+        heads = [torch.arange(needed.start, needed.stop, device=x_BlGH.device) for needed in ranges]
+        return copy_heads(x_BlGH, torch.cat(heads))
 
     def kv_for_queries(self, x_BLgH: Tensor, rank: int) -> Tensor:
         """This rank's key/value heads as ``attend`` needs them: whole groups as they are, else one head per query
@@ -57,7 +58,8 @@ class GroupedHeads:
         shared = size // max(len(self.kv_ranges[rank]), 1)
         if kv_of_query == [i // shared for i in range(size)]:
             return x_BLgH
-        return copy_heads(x_BLgH, torch.tensor(kv_of_query, device=x_BLgH.device))
+        query = torch.arange(start, start + size, device=x_BLgH.device)
+        return copy_heads(x_BLgH, query // per_group - first)
 
 
 def heads_of_call(

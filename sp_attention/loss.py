@@ -65,7 +65,7 @@ def mean_loss(loss_Bl: Tensor, target_Bl: Tensor, *, group: dist.ProcessGroup, i
         return _mean(loss_Bl, 0, problem, group)
     no_target_Bl = target_Bl == ignore_index
     loss_Bl = loss_Bl.to(_dtype_of_sums(loss_Bl)).masked_fill(no_target_Bl, 0.0)
-    return _mean(loss_Bl.sum(), int((~no_target_Bl).sum()), "", group)
+    return _mean(loss_Bl.sum(), (~no_target_Bl).sum(), "", group)
 
 
 def mean_cross_entropy(
@@ -102,7 +102,7 @@ def mean_cross_entropy(
     return _mean(F.cross_entropy(logits_cV, target_c, reduction="sum"), len(target_c), "", group)
 
 
-def _mean(loss_sum: Tensor, count: int, problem: str, group: dist.ProcessGroup) -> MeanLoss:
+def _mean(loss_sum: Tensor, count: int | Tensor, problem: str, group: dist.ProcessGroup) -> MeanLoss:
     """The mean of each rank's ``loss_sum`` over all ``count``, or the problems of all ranks."""
     check_group(group, group.size() if isinstance(group, dist.ProcessGroup) else 0, "the loss")
     # float64: float32 counts to 2 ** 24 tokens and no further.

@@ -78,11 +78,13 @@ def of_my_heads(options: Mapping[str, Any], seed: Tensor, call: Call) -> dict[st
 
 def facts_of(call: Call, options: Mapping[str, Any], documents: Documents | None) -> str:
     """What the ranks have to agree about."""
-    tensors = [*call.tensors, *[value for value in options.values() if isinstance(value, Tensor)]]
-    # A rank that takes no part in backward would leave its peers waiting there.
-    in_backward = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    learned = [value for value in options.values() if isinstance(value, Tensor)]
+    # A rank that takes no part in backward, of the exchange there or of the one back, would leave its peers waiting.
+    of_tensors, of_options = (
+        torch.is_grad_enabled() and any(x.requires_grad for x in tensors) for tensors in (call.tensors, learned)
+    )
     words = [call.facts, described(options), f"{documents or 'one document'}"]
-    return "; ".join([*words, "with gradients" if in_backward else "without gradients"])
+    return "; ".join([*words, f"gradients of q, k or v {of_tensors}, of options {of_options}"])
 
 
 def described(options: Mapping[str, Any]) -> str:

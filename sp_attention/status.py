@@ -33,7 +33,7 @@ def spread(call: Call, facts: str, problem: str, seed: Tensor) -> tuple[Tensor, 
         call: the tensors and how they travel.
         facts: what all ranks have to agree about.
         problem: what is wrong on this rank; empty where nothing is.
-        seed: () int64 of this rank.
+        seed: () int64 of this rank, on the device of the tensors.
 
     Returns:
         ``q_BLnH``, ``k_BLgH``, ``v_BLgH``, batch first, and the seed of the group's first rank.
@@ -44,7 +44,8 @@ def spread(call: Call, facts: str, problem: str, seed: Tensor) -> tuple[Tensor, 
     """
     expected = constant_digest(facts)
     word = BAD if problem else expected
-    header_2 = torch.stack([torch.tensor(word), seed]).to(call.device)
+    # Made on the device, as all index tensors here: a copy from the host would wait for it in every layer.
+    header_2 = torch.stack([torch.full((), word, device=call.device), seed])
     q_BlNH, k_BlGH, v_BlGH = call.stand_ins() if problem else call.tensors
     sent = [q_BlNH, call.heads.kv_by_rank(k_BlGH), call.heads.kv_by_rank(v_BlGH)]
     traded, headers = exchange.spread(sent, call.lanes, call.group, header_2.view(q_BlNH.dtype))

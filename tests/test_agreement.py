@@ -38,7 +38,7 @@ def test_the_same_facts_agree(rank_pool: RankPool) -> None:
 def test_a_shard_of_another_size_is_everyones_error(rank_pool: RankPool, other: tuple[int, ...]) -> None:
     facts = [shards_of((3, 0, 2)), shards_of(other), shards_of((3, 0, 2))]
     text = (
-        f"the ranks disagree about one plan (ranks [0, 2]: {facts[0]}; rank [1]: {facts[1]}); every rank of the "
+        f"the ranks disagree about one call (ranks [0, 2]: {facts[0]}; rank [1]: {facts[1]}); every rank of the "
         "group has to pass the same values"
     )
     assert rank_pool.run(told, RANKS, facts, [""] * RANKS) == [(text, 3.0)] * RANKS

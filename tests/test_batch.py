@@ -402,7 +402,7 @@ def test_ranks_that_agree_are_not_refused(rank_pool: RankPool) -> None:
 )
 def test_shardings_that_differ_are_everyones_error(sharding: TokenSharding, told: str, rank_pool: RankPool) -> None:
     text = refusals(rank_pool, shardings={1: sharding})
-    assert text.startswith("the ranks disagree about one plan (ranks [0, 2]: sharding batch (2,), seq (2, 1, 2), ")
+    assert text.startswith("the ranks disagree about one call (ranks [0, 2]: sharding batch (2,), seq (2, 1, 2), ")
     assert "rank [1]: sharding" in text
     assert told in text
     assert text.endswith("every rank of the group has to pass the same values")
@@ -422,7 +422,7 @@ DIFFERENT = {
 @pytest.mark.parametrize("name", DIFFERENT)
 def test_batches_that_differ_are_everyones_error(name: str, rank_pool: RankPool) -> None:
     text = refusals(rank_pool, batches={2: DIFFERENT[name]})
-    assert text.startswith("the ranks disagree about one plan (ranks [0, 1]: sharding batch (2,)")
+    assert text.startswith("the ranks disagree about one call (ranks [0, 1]: sharding batch (2,)")
     assert "rank [2]: sharding" in text
 
 

@@ -373,11 +373,11 @@ def plan_with_mistake(rank: int, mistake: Mistake, culprits: list[int]) -> tuple
         (list_of_ids, [3], "rank 1: between nodes, where rank i is rank 1 + 2 i of all: rank 1: expert ids are <cl"),
         (another_dim, [1], "rank 1: between nodes, where rank i is rank 1 + 2 i of all: the ranks disagree about on"),
         (another_dim, [2, 3], "rank 0: between nodes"),
-        (another_dim, [1, 3], "the ranks disagree about one plan (rank [0]: torch.float32, K = 2, dim = 4"),
-        (another_dtype, [0, 2], "the ranks disagree about one plan (rank [0]: torch.bfloat16"),
-        (other_experts_elsewhere, [1, 3], "the ranks disagree about one plan (rank [0]"),
+        (another_dim, [1, 3], "the ranks disagree about one call (rank [0]: torch.float32, K = 2, dim = 4"),
+        (another_dtype, [0, 2], "the ranks disagree about one call (rank [0]: torch.bfloat16"),
+        (other_experts_elsewhere, [1, 3], "the ranks disagree about one call (rank [0]"),
         (other_experts_elsewhere, [1], "rank 1: between nodes"),
-        (another_grid, [0, 2], "the ranks disagree about one plan (rank [0]"),
+        (another_grid, [0, 2], "the ranks disagree about one call (rank [0]"),
     ],
 )
 def test_one_error_on_every_rank_of_every_node(

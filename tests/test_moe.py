@@ -1015,7 +1015,7 @@ def test_one_ranks_mistake_is_the_same_error_on_every_rank(mistake: str, text: s
 def test_ranks_that_disagree_are_told_so(mistake: str, rank_pool: RankPool) -> None:
     texts, outcomes = zip(*rank_pool.run(refusal, 3, 0, mistake), strict=True)
     assert len(set(texts)) == 1
-    assert "the ranks disagree about one plan" in texts[0]
+    assert "the ranks disagree about one call" in texts[0]
     assert "[0]" in texts[0]
     assert "[1, 2]" in texts[0]
     assert_like_one_process(WRONG, outcomes)
@@ -1038,7 +1038,7 @@ def one_rank_without_gradient(rank: int, without: str) -> str:
 def test_a_rank_that_would_leave_backward_to_its_peers_is_told(without: str, rank_pool: RankPool) -> None:
     texts = rank_pool.run(one_rank_without_gradient, 3, without)
     assert len(set(texts)) == 1
-    assert "the ranks disagree about one plan" in texts[0]
+    assert "the ranks disagree about one call" in texts[0]
     assert "gradients of tokens or weights True, of experts True" in texts[0]
 
 

@@ -363,7 +363,7 @@ OTHER_FACTS: list[tuple[Mistake, str]] = [
 @pytest.mark.parametrize(("mistake", "facts"), OTHER_FACTS, ids=[mistake.__name__ for mistake, _ in OTHER_FACTS])
 def test_ranks_that_disagree_are_told_what_each_believes(rank_pool: RankPool, mistake: Mistake, facts: str) -> None:
     text = (
-        f"the ranks disagree about one plan (ranks [0, 1]: {BELIEVED}; rank [2]: {facts}); every rank of the group "
+        f"the ranks disagree about one call (ranks [0, 1]: {BELIEVED}; rank [2]: {facts}); every rank of the group "
         "has to pass the same values"
     )
     assert rank_pool.run(plan_with_mistake, RANKS, mistake, [2]) == [(text, True, True)] * RANKS

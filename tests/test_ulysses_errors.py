@@ -298,12 +298,17 @@ DISAGREEMENTS: dict[str, tuple[Change, Change, tuple[str, str]]] = {
     "gradients": (
         given(),
         lambda a: {"k_BlGH": a["k_BlGH"].clone().requires_grad_()},
-        ("without gradients", "with gradients"),
+        ("gradients of q, k or v False, of options False", "gradients of q, k or v True, of options False"),
     ),
     "gradients of what is learned": (
         given(sinks_N=torch.zeros(4)),
         given(sinks_N=torch.zeros(4, requires_grad=True)),
-        ("without gradients", "with gradients"),
+        ("gradients of q, k or v False, of options False", "gradients of q, k or v False, of options True"),
+    ),
+    "gradients of what is learned only": (
+        given(sinks_N=torch.zeros(4, requires_grad=True)),
+        lambda a: {"q_BlNH": a["q_BlNH"].clone().requires_grad_(), "sinks_N": torch.zeros(4, requires_grad=True)},
+        ("gradients of q, k or v False, of options True", "gradients of q, k or v True, of options True"),
     ),
 }
 
@@ -494,7 +499,7 @@ def test_ranks_that_disagree_are_told_apart(rank_pool: RankPool, name: str) -> N
     ours, theirs = text.split("; rank [1]: ")
     assert others == [(text, usable)]
     assert usable
-    assert ours.startswith("the ranks disagree about one plan (rank [0]: torch.")
+    assert ours.startswith("the ranks disagree about one call (rank [0]: torch.")
     assert ", widths (6, 4), query heads (" in ours
     assert theirs.endswith("; every rank of the group has to pass the same values")
     assert DISAGREEMENTS[name][2][0] in ours
@@ -513,4 +518,4 @@ def test_shardings_that_differ_between_ranks(rank_pool: RankPool, case: Callable
     (text, usable), *others = rank_pool.run(case, 2, timeout=20)
     assert others == [(text, usable)]
     assert usable
-    assert text.startswith("the ranks disagree about one plan (rank [0]: torch.float32, ")
+    assert text.startswith("the ranks disagree about one call (rank [0]: torch.float32, ")
