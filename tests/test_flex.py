@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from moe_dispatch import Partition, TokenSharding
 from moe_dispatch.testing import RankPool
-from sp_attention import flex_attend, scaled_dot_product, ulysses_attention
+from sp_attention import flex, flex_attend, scaled_dot_product, ulysses_attention
 from sp_attention.reference import reference_attention
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 0.05}
@@ -300,3 +301,21 @@ def refused(rank: int, options: dict[str, Any]) -> str:
 def test_what_it_cannot_honour_is_refused(options: dict[str, Any], name: str, rank_pool: RankPool) -> None:
     for text in rank_pool.run(refused, 3, options):
         assert text.startswith(f"attend 'attend' takes no {name}; give it arguments of these names")
+
+
+@pytest.mark.parametrize(
+    ("options", "sizes"),
+    [
+        ({"is_causal": True, "window": (2, 0)}, (None, None, 5, 7)),
+        ({"key_padding_mask": torch.ones(2, 7, dtype=torch.bool)}, (2, None, 5, 7)),
+        ({"attn_mask": torch.ones(1, 1, 5, 7, dtype=torch.bool)}, (2, 4, 5, 7)),
+    ],
+)
+def test_masks_are_made_for_each_row_and_head_only_where_they_differ(
+    options: dict[str, Any], sizes: tuple[int | None, ...]
+) -> None:
+    """Uncompiled, torch evaluates them on the whole grid: B * n times the memory."""
+    q_BLnH, k_BLnH = torch.randn(2, 5, 4, 8), torch.randn(2, 7, 4, 8)
+    with patch.object(flex, "create_block_mask", wraps=flex.create_block_mask) as made, torch.no_grad():
+        flex_attend(attention=lambda q, k, v, **given: q)(q_BLnH, k_BLnH, k_BLnH, **options)
+    assert made.call_args.args[1:] == sizes

@@ -47,10 +47,12 @@ def compare_block_and_functions(rank: int) -> None:
     x_BLD = torch.randn(2, 5, dim, dtype=torch.float64)
     router, shared = deepcopy(block.moe.router), deepcopy(block.moe.shared)
     every = with_every_expert(block.moe.experts, experts)
-    for module in (router, shared):
+    for module in (block.norm, router, shared):  # what several ranks hold is equal on them, and experts are not
         for tensor in module.state_dict().values():
-            dist.broadcast(tensor, src=0)
-    block.moe.router, block.moe.shared = router, shared
+            of_first = tensor.clone()
+            dist.broadcast(of_first, src=0)
+            assert torch.equal(tensor, of_first)
+    assert not torch.equal(every.gate_eDF[0], every.gate_eDF[2])
     reference = ReferenceMoE(router=router, experts=every, shared=shared)
     normed_BLD = block.norm(x_BLD)
     wanted_BLD = reference(normed_BLD)[0]

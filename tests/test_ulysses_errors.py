@@ -178,6 +178,7 @@ ON_ONE_RANK: dict[str, tuple[Change, str]] = {
     "window of letters": (lambda a: {"window": "ab"}, WINDOW.format("'ab'")),
     "scale of nan": (lambda a: {"scale": NAN}, SCALE.format("nan")),
     "scale of infinity": (lambda a: {"scale": float("inf")}, SCALE.format("inf")),
+    "scale beyond the floats": (lambda a: {"scale": 10**400}, SCALE.format(10**400)),
     "scale of a tensor": (lambda a: {"scale": torch.tensor(0.5)}, SCALE.format("tensor(0.5000)")),
     "scale of letters": (lambda a: {"scale": "0.5"}, SCALE.format("'0.5'")),
     "dropout of a tensor": (
