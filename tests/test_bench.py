@@ -25,10 +25,12 @@ from moe_dispatch.bench.memory import ALLOCATOR, bytes_kept, peak_bytes
 from moe_dispatch.bench.ours import OurDispatch
 from moe_dispatch.bench.phases import phases_of
 from moe_dispatch.bench.plot import write_plot
+from moe_dispatch.bench.report import Setting, print_bench
 from moe_dispatch.bench.results import Line, Traffic, WorkloadResult, largest
 from moe_dispatch.bench.textbook import TextbookDispatch
 from moe_dispatch.bench.workload import DispatchWorkload, NotApplicable, UlyssesWorkload
 from moe_dispatch.testing import RankPool
+from moe_dispatch.validation.report import output_console
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 HERE = __name__
@@ -337,7 +339,10 @@ def floor_bytes(config: WorkloadConfig) -> dict[str, int]:
     for name, floor in floors_of(workload, group).items():
         with counting() as counts:
             floor.forward()
-        assert len(counts.collectives) == 2
+        with counting() as backward:
+            floor.backward()
+        assert len(counts.collectives) == len(backward.collectives) == 2
+        assert backward.wire_bytes == counts.wire_bytes
         found[name] = counts.wire_bytes
     return found
 
@@ -365,6 +370,10 @@ def test_the_attention_floor_moves_each_key_head_to_every_rank_that_needs_it(ran
         {"floor": 4 * 3 * (4 * 5 + 10 * 3)},
     ]
     assert rank_pool.run(floor_bytes, 2, straddling)[0] == {"floor": 4 * 3 * (10 * 3 + 4 * 2)}
+    # 3 query heads share a key head: ranks of 4, 4, 4 and 3 heads need 2, 2, 2 and 1 of 5
+    several = UlyssesConfig(name="k", ranks=4, batch=1, seq=4, heads=15, kv_heads=5, head_dim=1, dtype="float32")
+    assert UlyssesWorkload.of(several).kv_needed == (2, 2, 2, 1)
+    assert rank_pool.run(floor_bytes, 4, several)[3] == {"floor": 4 * (3 * (4 + 2 * 2) + 3 * 3)}
 
 
 # ---- a run ---------------------------------------------------------------------------------------------
@@ -442,6 +451,34 @@ def test_a_line_is_the_largest_of_all_ranks() -> None:
     assert merged.forward_ms == (2.0, 5.0)
     assert merged.forward == Traffic(collectives=3, wire_bytes=20, host_syncs=1)
     assert (merged.kept_bytes, merged.peak_bytes) == (7, None)
+
+
+def test_the_table_prints_what_was_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    def line(name: str, forward_ms: tuple[float, ...], both_ms: tuple[float, ...], **given: Any) -> Line:
+        return Line(name=name, forward_ms=forward_ms, both_ms=both_ms, **given)
+
+    ours = line(
+        "ours",
+        (5.0, 4.0, 9.0),
+        (12.0, 11.0, 20.0),
+        forward=Traffic(collectives=3, wire_bytes=23_700_000, host_syncs=1),
+        backward=Traffic(collectives=2, wire_bytes=23_600_000, host_syncs=0),
+        kept_bytes=857_000,
+        peak_bytes=143_000_000,
+    )
+    lines = (ours, line("rank floor", (2.0, 1.0, 3.0), (4.0, 3.0, 5.0)), line("choice floor", (4.0,), (8.0,)))
+    result = WorkloadResult(name="w", kind="dispatch", shape="any", allocator=("A=1",), lines=lines)
+    setting = Setting(torch="9.9", cores=7, load_average=0.25, repeat=3)
+    print_bench(output_console(), setting, [result])
+    printed = [" ".join(row.split()) for row in capsys.readouterr().out.splitlines()]
+    assert (
+        "torch 9.9, 7 cores, load average 0.2 at the start; one thread per rank; median (minimum) of 3 repetitions"
+        in (printed[0])
+    )
+    assert printed[1] == "allocator of every rank: A=1"
+    assert "w ours 5.0 (4.0) 2.5 12.0 (11.0) 3.0 23.7 + 23.6 3 + 2 1 + 0 0.857 143" in printed
+    assert "rank floor 2.0 (1.0) 1.0 4.0 (3.0) 1.0" in printed
+    assert "choice floor 4.0 (4.0) 2.0 8.0 (8.0) 2.0" in printed
 
 
 # ---- the command ---------------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ def test_default_config_holds_the_matrix_of_the_main_job() -> None:
     config = load_config(CONFIGS / "deepseek_v3_debug.toml")
     assert [(row.dp, row.tp, row.ep, row.batch, row.seq) for row in config.rows if row.sp == 1] == [
         (4, 1, 1, 3, 129),
+        (4, 1, 4, 3, 129),
         (2, 2, 1, 3, 129),
         (2, 2, 2, 3, 129),
         (2, 2, 4, 3, 129),

@@ -306,7 +306,9 @@ def test_the_command_from_8_to_2048_ranks(tmp_path: Path, capsys: pytest.Capture
         "row per node",
     ] * 4
     assert {each["routing"] for each in document["predictions"]} == {"uniform", "zipf 1"}
-    assert document["config"]["cluster"]["nodes"] == 1
+    assert [config["cluster"]["nodes"] for config in document["configs"]] == [1, 256]
+    assert "2048 ranks for 256 experts: 1792 of them hold none." in printed
+    assert "Uniform routing draws a token's groups at random" in printed
     assert "256 x 8" in printed
     assert f"from {document['counts_first']['ranks_by_time']} ranks on" in printed
 
@@ -342,10 +344,29 @@ def test_wrong_input(tmp_path: Path, capsys: pytest.CaptureFixture[str], old: st
 
 def test_a_plan_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["plan", "nothing"]) == 2
-    assert "config nothing does not exist; name a TOML file, or a packaged plan: deepseek_v2_lite" in (
+    assert "config nothing does not exist; name a TOML file, or a packaged plan: 'deepseek_v2_lite'" in (
         capsys.readouterr().err
     )
+    assert cli.main(["plan", "mixtral_8x7"]) == 2
+    assert "(did you mean 'mixtral_8x7b'?)" in capsys.readouterr().err
+    assert cli.main(["plan", "deepseek_v3", "--tokens", "99999999999999999999"]) == 2
+    assert "load.tokens_per_rank is 99999999999999999999; it has to be" in capsys.readouterr().err
     assert cli.main(["plan", "--json", str(tmp_path / "none" / "out.json")]) == 2
     assert "cannot be written" in capsys.readouterr().err
     assert cli.main(["plan", str(tmp_path)]) == 2
-    assert "does not exist" in capsys.readouterr().err
+    assert "is a directory" in capsys.readouterr().err
+
+
+def test_a_packaged_plan_by_any_of_its_names_and_a_full_disk(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("mixtral_8x7b", "mixtral_8x7b.toml", "configs/plan/mixtral_8x7b"):
+        assert cli.main(["plan", name]) == 0
+
+    def full(path: Path, *_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    assert cli.main(["plan", "mixtral_8x7b", "--json", "out.json"]) == 2
+    assert "was not written (No space left on device)" in capsys.readouterr().err

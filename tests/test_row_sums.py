@@ -51,10 +51,10 @@ def test_weights_keep_their_precision_until_the_one_rounding(dtype: torch.dtype,
     got = sum_weighted_rows(rows_ND, weight_N, ENTRIES, FIRST)
     assert got.dtype == dtype
     # One rounding, and the float32 sums' own error.
-    assert ((got.double() - wanted).abs() <= ROUNDED[dtype] * wanted.abs() + 2e-6).all()
+    assert ((got.double() - wanted).abs() <= ROUNDED[dtype] * wanted.abs() + 2e-6 * (dtype != torch.float64)).all()
     copies = weigh_rows(rows_ND, weight_N[:4], ENTRIES[:4])
     wanted = rows_ND[ENTRIES[:4]].double() * rounded[:4, None].double()
-    assert ((copies.double() - wanted).abs() <= ROUNDED[dtype] * wanted.abs() + 1e-7).all()
+    assert ((copies.double() - wanted).abs() <= ROUNDED[dtype] * wanted.abs() + 1e-7 * (dtype != torch.float64)).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,4 +1,8 @@
-"""The least that moving these rows can cost: ``all_to_all_single`` between buffers that are already there."""
+"""What moving these rows costs with nothing around it: ``all_to_all_single`` between buffers that are there already.
+
+A rank's own rows pass through the collective as well, as they usually do. Ours keep them out of it, so the bytes on
+the wire are the same, but the backend's own copy is in the floor only.
+"""
 
 from collections.abc import Sequence
 

@@ -11,11 +11,11 @@ REPETITIONS = 3
 # The first group that has the start of an operation's name gets it.
 GROUPS = (
     ("exchange", ("gloo:", "nccl:")),  # from the call to the last row's arrival: peers that are late count here
-    ("gather rows", ("aten::index_select", "aten::index.", "aten::index", "aten::gather")),
     (
         "sum rows",
         ("aten::_embedding_bag", "aten::embedding_bag", "aten::index_add", "aten::sum", "aten::scatter_add"),
     ),
+    ("gather rows", ("aten::index", "aten::gather")),
     ("copy", ("aten::copy_", "aten::cat", "aten::clone", "aten::contiguous", "aten::_to_copy", "aten::repeat")),
     ("fill", ("aten::zero", "aten::fill_", "aten::new_zeros", "aten::empty", "aten::resize_")),
     ("sort", ("aten::sort", "aten::argsort", "aten::topk", "aten::cumsum", "aten::nonzero", "aten::bucketize")),

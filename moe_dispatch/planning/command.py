@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..validation.files import check_output
+from ..validation.files import check_output, find_packaged
 from .config import load_plan_config
 from .predict import crossing, predict
 from .report import print_plan, write_plan
@@ -27,24 +27,21 @@ def plan(arguments: argparse.Namespace) -> int:
     predictions = [prediction for each in configs for prediction in predict(each)]
     found = crossing(configs[0])
     print_plan(configs[0], predictions, found)
-    if arguments.json:
-        write_plan(arguments.json, configs[0], predictions, found)
+    try:
+        if arguments.json:
+            write_plan(arguments.json, configs, predictions, found)
+    except OSError as error:  # a full disk: the table is out by now
+        if error.filename is None:
+            raise
+        print(f"moe-dispatch: {error.filename} was not written ({error.strerror})", file=sys.stderr)
+        return 2
     return 0
 
 
 def find_config(name: str) -> Path:
-    """The file as given, else the packaged plan of that name.
-
-    Raises:
-        ValueError: there is none.
-    """
-    given = Path(name)
-    if given.is_file():
-        return given
+    """See :func:`find_packaged`."""
     packaged = {path.stem: path for folder in reversed(CONFIG_FOLDERS) for path in sorted(folder.glob("*.toml"))}
-    if name in packaged:
-        return packaged[name]
-    raise ValueError(f"config {name} does not exist; name a TOML file, or a packaged plan: {', '.join(packaged)}")
+    return find_packaged(name, packaged, folder=Path("configs/plan"), what="plan")
 
 
 def _changes(arguments: argparse.Namespace, nodes: int | None) -> dict[str, dict[str, Any]]:

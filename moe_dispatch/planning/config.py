@@ -31,7 +31,7 @@ class ModelDims:
 class Load:
     """Tokens on each rank, and the exponent of Zipf's law among experts (0: all alike)."""
 
-    tokens_per_rank: int = Field(ge=1)
+    tokens_per_rank: int = Field(ge=1, le=2**31)  # counts of bytes fit in an int64
     zipf: float = Field(ge=0)
 
 

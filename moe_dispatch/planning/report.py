@@ -43,6 +43,18 @@ def print_plan(config: PlanConfig, predictions: Sequence[Prediction], crossing: 
         before = each
     console.print(table)
     _say(console, crossing_text(crossing))
+    if model.limited_groups < model.groups:
+        _say(
+            console,
+            "Uniform routing draws a token's groups at random; Zipf's takes those with the best two scores, of which "
+            "more are then needed: more nodes for each token, also at exponent 0.",
+        )
+    for ranks in dict.fromkeys(each.ranks for each in predictions if each.ranks > model.experts):
+        _say(
+            console,
+            f"{ranks} ranks for {model.experts} experts: {ranks - model.experts} of them hold none. Plan for the "
+            f"expert-parallel group, of at most {model.experts} ranks; the others hold copies of it.",
+        )
 
 
 def crossing_text(crossing: Crossing) -> str:
@@ -54,10 +66,12 @@ def crossing_text(crossing: Crossing) -> str:
     )
 
 
-def write_plan(path: Path, config: PlanConfig, predictions: Sequence[Prediction], crossing: Crossing) -> None:
-    """The config and every number."""
+def write_plan(
+    path: Path, configs: Sequence[PlanConfig], predictions: Sequence[Prediction], crossing: Crossing
+) -> None:
+    """The configs, one for each number of nodes, and every number."""
     document = {
-        "config": asdict(config),  # pyright: ignore[reportArgumentType]
+        "configs": [asdict(config) for config in configs],  # pyright: ignore[reportArgumentType]
         "predictions": [asdict(each) for each in predictions],
         "counts_first": asdict(crossing),
     }

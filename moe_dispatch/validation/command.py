@@ -1,17 +1,15 @@
 """``validate``, from arguments to exit status: all is checked first, then run, then told and written."""
 
 import argparse
-import difflib
 import os
 import sys
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
 from .config import RowConfig, ValidateConfig, load_config
-from .files import check_output
+from .files import check_output, choices, find_packaged
 from .launch import Ranks, find_ranks
 from .matrix import MatrixRun, run_matrix, run_mutants
 from .mutants import MUTANTS
@@ -80,35 +78,21 @@ def find_config(name: str, *, of_bench: bool = False) -> Path:
     Raises:
         ValueError: there is none.
     """
-    given = Path(name)
-    if given.is_file():
-        return given
     files = [path for folder in reversed(CONFIG_FOLDERS) for path in sorted(folder.glob("*.toml"))]
     packaged = {path.stem: path for path in files if path.stem.startswith("bench") == of_bench}
-    if given.parent in (Path(), Path("configs")) and given.suffix in ("", ".toml") and given.stem in packaged:
-        return packaged[given.stem]
-    fact = "is a directory" if given.is_dir() else "does not exist"
-    raise ValueError(
-        f"config {name} {fact}; name a TOML file, or a packaged config: {_choices(given.stem, packaged)}"
-    )
+    return find_packaged(name, packaged, folder=Path("configs"), what="config")
 
 
 def _chosen_rows(arguments: argparse.Namespace, config: ValidateConfig) -> tuple[RowConfig, ...]:
     rows = {row.name: row for row in config.rows}
     if arguments.mutant and arguments.mutant not in MUTANTS:
         raise ValueError(
-            f"no mutant is named {arguments.mutant!r}; choose from: {_choices(arguments.mutant, MUTANTS)}"
+            f"no mutant is named {arguments.mutant!r}; choose from: {choices(arguments.mutant, MUTANTS)}"
         )
     for name in arguments.rows or ():
         if name not in rows:
-            raise ValueError(f"no row of the config is named {name!r}; choose from: {_choices(name, rows)}")
+            raise ValueError(f"no row of the config is named {name!r}; choose from: {choices(name, rows)}")
     return tuple(row for row in config.rows if row.name in (arguments.rows or rows))
-
-
-def _choices(wrong: str, names: Iterable[str]) -> str:
-    names = list(names)
-    near = difflib.get_close_matches(wrong, names, n=1, cutoff=0.4)
-    return ", ".join(repr(name) for name in names) + (f" (did you mean {near[0]!r}?)" if near else "")
 
 
 def _run_matrix(arguments: argparse.Namespace, job: Job) -> int:
