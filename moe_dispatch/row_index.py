@@ -83,21 +83,35 @@ class Arrivals:
         token_of_entry_M = grid.token_of_G.index_select(0, g_of_entry_M)
         mine_of_entry_M = self.mine_GK.index_select(0, flat_of_entry_M)
         received_of_entry_M = self.received_before_G1.index_select(0, g_of_entry_M)
-        key_of_entry_M = token_of_entry_M.add(mine_of_entry_M, alpha=grid.num_tokens)
-        key_of_row_M, entry_of_row_M = key_of_entry_M.sort(stable=True)
-        entry_M = torch.arange(num_rows, device=entry_of_row_M.device)
+        entry_M = torch.arange(num_rows, device=mine_of_entry_M.device)
         # Every received row has an entry, so the least one is where it starts; ``starts`` takes 5 times as long.
         first_entry_R = entry_M.new_full((num_received,), num_rows).scatter_reduce_(
             0, received_of_entry_M, entry_M, "amin"
         )
         return {
-            "rows_per_expert_e": torch.searchsorted(key_of_row_M, grid.first_key_e1).diff(),
-            "token_of_row_M": token_of_entry_M.index_select(0, entry_of_row_M),
-            "received_of_row_M": received_of_entry_M.index_select(0, entry_of_row_M),
-            "choice_of_row_M": (flat_of_entry_M % grid.num_choices).index_select(0, entry_of_row_M),
-            "row_of_entry_M": torch.empty_like(entry_M).scatter_(0, entry_of_row_M, entry_M),
+            **rows_of_entries(grid, mine_of_entry_M, token_of_entry_M, received_of_entry_M, flat_of_entry_M),
             "first_entry_R": first_entry_R,
         }
+
+
+def rows_of_entries(
+    grid: Grid,
+    mine_of_entry_M: Tensor,
+    token_of_entry_M: Tensor,
+    received_of_entry_M: Tensor,
+    flat_of_entry_M: Tensor,
+) -> dict[str, Tensor]:
+    """Entries -> rows: by expert, then global token, then choice; ``mine`` counts from 1, and is larger than all
+    experts where an entry belongs to none."""
+    key_of_entry_M = token_of_entry_M.add(mine_of_entry_M, alpha=max(grid.num_tokens, 1))
+    key_of_row_M, entry_of_row_M = key_of_entry_M.sort(stable=True)
+    return {
+        "rows_per_expert_e": torch.searchsorted(key_of_row_M, grid.first_key_e1).diff(),
+        "token_of_row_M": token_of_entry_M.index_select(0, entry_of_row_M),
+        "received_of_row_M": received_of_entry_M.index_select(0, entry_of_row_M),
+        "choice_of_row_M": (flat_of_entry_M % grid.num_choices).index_select(0, entry_of_row_M),
+        "row_of_entry_M": inverse(entry_of_row_M),
+    }
 
 
 def starts(key_of_entry: Tensor, num_things: int, step: int = 1) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .grid import Grid
-from .row_index import Departures, inverse, starts
+from .row_index import Departures, rows_of_entries, starts
 
 # Unused entries are summed up as bags of their own, which are cut off: of few entries each, since a GPU adds up the
 # entries of a bag one after the other.
@@ -64,14 +64,8 @@ def index_arrivals(mine_GK: Tensor, grid: Grid, sizes: StaticSizes) -> dict[str,
     token_of_entry_M = _with_last(grid.token_of_G, -1).index_select(0, g_of_entry_M)
     mine_of_entry_M = _with_last(mine_GK, after_mine).index_select(0, flat_of_entry_M)
     slot_of_entry_M = _with_last(slot_G, num_received).index_select(0, g_of_entry_M)
-    key_of_entry_M = token_of_entry_M.add(mine_of_entry_M, alpha=max(grid.num_tokens, 1))
-    key_of_row_M, entry_of_row_M = key_of_entry_M.sort(stable=True)
     return {
-        "rows_per_expert_e": torch.searchsorted(key_of_row_M, grid.first_key_e1).diff(),
-        "token_of_row_M": token_of_entry_M.index_select(0, entry_of_row_M),
-        "received_of_row_M": slot_of_entry_M.index_select(0, entry_of_row_M),
-        "choice_of_row_M": (flat_of_entry_M % num_choices).index_select(0, entry_of_row_M),
-        "row_of_entry_M": inverse(entry_of_row_M),
+        **rows_of_entries(grid, mine_of_entry_M, token_of_entry_M, slot_of_entry_M, flat_of_entry_M),
         "first_entry_R": _starts_and_rest(slot_of_entry_M, num_received),
     }
 

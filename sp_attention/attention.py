@@ -18,7 +18,7 @@ from moe_dispatch import Partition, TokenSharding
 from .attend import scaled_dot_product
 from .call import Call
 from .checks import problem_of
-from .documents import Documents, attend_documents, attend_or_zeros
+from .documents import Documents, attend_documents, attend_or_zeros, zeros
 from .options import facts_of, given_options, of_my_heads, problem_of_attend
 from .status import Failure, collect, spread
 
@@ -58,14 +58,16 @@ def ulysses_attention(
             part.
         attend: ``attend(q_BLnH, k_BLgH, v_BLgH, **options) -> out_BLnH`` on whole sequences (whole documents), batch
             first, my heads; k and v have whole groups, or one head per query head where a group straddles ranks.
-            Options are those that were given; an ``attend`` without an argument of that name is refused. One with an
+            Options are those that were given; an ``attend`` without an argument of that name is refused. They are
+            ``is_causal``, ``window``, ``scale``, ``attn_mask`` (four dimensions, my heads), ``key_padding_mask``,
+            ``sinks_n`` (my heads) and ``dropout``, whose ``apply`` takes (B, n, L, L_kv) weights. One with an
             argument ``first_head`` is told the global number of its first query head. :func:`scaled_dot_product` if
             left out.
         is_causal: aligned to the end where lengths differ: the last query sees every key.
         window: (left, right), -1 for any, on places in the whole sequence (in the document).
         scale: of the products; H ** -0.5 if left out.
         attn_mask: broadcasts to (B, N, L, L_kv), the same on every rank: bool (True attends), or added to the
-            products.
+            products. Each rank's gradient of a learned one has its own heads, so sum it over the ranks.
         key_padding_mask: (B, L_kv) bool, the same on every rank, True attends.
         cu_seqlens: (documents + 1,) ints, for B = 1: document i has ``diff(cu_seqlens)[i]`` real tokens and attends
             within itself. Pass it on the CPU: it is read there.
@@ -146,7 +148,7 @@ def _attend_over_ranks(
     seed = torch.randint(torch.iinfo(torch.int64).max, (), **on_device) if draws else torch.zeros((), **on_device)
     q_BLnH, k_BLgH, v_BLgH, seed = spread(call, facts, problem, seed)
     if problem:  # in compiled code, where the graph has to be whole to raise when it runs
-        return collect(_zeros(q_BLnH, v_BLgH), call, Failure(problem))
+        return collect(zeros(q_BLnH.shape[1], q_BLnH, v_BLgH), call, Failure(problem))
     options = of_my_heads(options, seed, call)
     if "first_head" in inspect.signature(attend).parameters:
         options["first_head"] = call.heads.query.offsets[call.rank]
@@ -188,7 +190,9 @@ def _attend_or_fail(
         except checkpoint._StopRecomputationError:  # everything that backward needs is there again
             raise
         except Exception as error:
-            return _zeros(q_BLnH, v_BLgH), Failure(f"attend raised {type(error).__name__}: {error}", error)
+            return zeros(q_BLnH.shape[1], q_BLnH, v_BLgH), Failure(
+                f"attend raised {type(error).__name__}: {error}", error
+            )
     wanted = (*q_BLnH.shape[:3], v_BLgH.shape[3])
     if not isinstance(out_BLnH, Tensor):
         got = type(out_BLnH).__name__
@@ -196,7 +200,7 @@ def _attend_or_fail(
         return out_BLnH, None
     else:
         got = f"{tuple(out_BLnH.shape)} of {out_BLnH.dtype}"
-    return _zeros(q_BLnH, v_BLgH), Failure(
+    return zeros(q_BLnH.shape[1], q_BLnH, v_BLgH), Failure(
         f"attend gave {got}; it has to give (B, L, my query heads, value width) = {wanted} of {q_BLnH.dtype}"
     )
 
@@ -212,7 +216,3 @@ def _attend(
     if documents is None:
         return attend_or_zeros(attend, q_BLnH, k_BLgH, v_BLgH, options)
     return attend_documents(attend, q_BLnH, k_BLgH, v_BLgH, options, documents)
-
-
-def _zeros(q_BLnH: Tensor, v_BLgH: Tensor) -> Tensor:
-    return q_BLnH.new_zeros(*q_BLnH.shape[:3], v_BLgH.shape[3])

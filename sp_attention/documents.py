@@ -1,7 +1,7 @@
 """Packed sequences: documents end to end, with padding between them or without."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -18,10 +18,12 @@ class Documents:
     Attributes:
         ends: cumulated real lengths, from 0: ``cu_seqlens``.
         starts: where each document starts, and where the last one's padding ends: ``cu_seqlens_padded``.
+        padded: whether that was given.
     """
 
     ends: tuple[int, ...]
     starts: tuple[int, ...]
+    padded: bool = field(repr=False)  # ranks that differ in it only mean the same
 
     @classmethod
     def read(
@@ -46,7 +48,8 @@ class Documents:
     def of(cls, cu_seqlens: Tensor, cu_seqlens_padded: Tensor | None) -> "Documents":
         """Read the tensors: a host sync unless they are on the CPU."""
         ends = tuple(cu_seqlens.tolist())
-        return cls(ends, ends if cu_seqlens_padded is None else tuple(cu_seqlens_padded.tolist()))
+        padded = cu_seqlens_padded is not None
+        return cls(ends, tuple(cu_seqlens_padded.tolist()) if padded else ends, padded)
 
     @staticmethod
     def problem_of_tensors(cu_seqlens: Tensor, cu_seqlens_padded: Tensor | None) -> str:
@@ -81,11 +84,7 @@ class Documents:
                 f"cu_seqlens_padded is {list(self.starts)} for cu_seqlens {list(self.ends)}; it needs as many "
                 "entries, each document's start, far enough apart for the real tokens"
             )
-        if (
-            self.starts[0] < 0
-            or self.starts[-1] > lengths[0]
-            or (self.starts is self.ends and self.ends[-1] != lengths[0])
-        ):
+        if self.starts[0] < 0 or self.starts[-1] > lengths[0] or (not self.padded and self.ends[-1] != lengths[0]):
             return (
                 f"documents end at {self.starts[-1]} of a packed sequence of {lengths[0]} tokens; cu_seqlens has to "
                 "end at the length, or pass cu_seqlens_padded to say where padding is"
@@ -111,9 +110,9 @@ def attend_documents(
     parts = [x_BLnH.split(sizes, dim=1)[1::2] for x_BLnH in (q_BLnH, k_BLgH, v_BLgH)]
     pieces = []
     for (start, end), gap, q_BsnH, k_BsgH, v_BsgH in zip(documents.spans, sizes[:-1:2], *parts, strict=True):
-        pieces.append(_zeros(gap, q_BLnH, v_BLgH))
+        pieces.append(zeros(gap, q_BLnH, v_BLgH))
         pieces.append(attend_or_zeros(attend, q_BsnH, k_BsgH, v_BsgH, _of_document(options, start, end)))
-    pieces.append(_zeros(sizes[-1], q_BLnH, v_BLgH))
+    pieces.append(zeros(sizes[-1], q_BLnH, v_BLgH))
     # An empty piece that is in the graph even where there is no document.
     pieces.append(attend_or_zeros(attend, q_BLnH[:, :0], k_BLgH[:, :0], v_BLgH[:, :0], options))
     return torch.cat(pieces, dim=1)
@@ -128,10 +127,10 @@ def attend_or_zeros(
         return attend(q_BLnH, k_BLgH, v_BLgH, **options)
     learned = [x for x in options.values() if isinstance(x, Tensor) and x.is_floating_point()]
     zero = sum(x.flatten()[:0].sum().to(q_BLnH.dtype) for x in (q_BLnH, k_BLgH, v_BLgH, *learned))
-    return _zeros(q_BLnH.shape[1], q_BLnH, v_BLgH) + zero
+    return zeros(q_BLnH.shape[1], q_BLnH, v_BLgH) + zero
 
 
-def _zeros(length: int, q_BLnH: Tensor, v_BLgH: Tensor) -> Tensor:
+def zeros(length: int, q_BLnH: Tensor, v_BLgH: Tensor) -> Tensor:
     return q_BLnH.new_zeros(q_BLnH.shape[0], length, q_BLnH.shape[2], v_BLgH.shape[3])
 
 

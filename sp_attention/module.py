@@ -1,5 +1,8 @@
 """Ulysses attention as a module."""
 
+from copy import deepcopy
+from typing import Any, Self
+
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -10,7 +13,7 @@ from .attention import Attend, ulysses_attention
 
 class UlyssesAttention(nn.Module):
     """:func:`ulysses_attention` with the choices that do not change from call to call. It has no parameters and no
-    state.
+    state but those of an ``attend`` that is a module. A deep copy is in the same process group.
 
     Args:
         group, heads, attend, is_causal, window, scale, dropout_p: see there. Dropout is off in eval mode.
@@ -45,7 +48,8 @@ class UlyssesAttention(nn.Module):
         cu_seqlens_padded: Tensor | None = None,
         sinks_N: Tensor | None = None,
     ) -> Tensor:
-        """See :func:`ulysses_attention`."""
+        """(B, l, N, Hv) of (B, l, N, H), (B, l, G, H) and (B, l, G, Hv), or (l, B, ...): arguments and errors of
+        :func:`ulysses_attention`."""
         return ulysses_attention(
             q_BlNH,
             k_BlGH,
@@ -65,6 +69,13 @@ class UlyssesAttention(nn.Module):
             dropout_p=self.dropout_p if self.training else 0.0,
             sinks_N=sinks_N,
         )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        memo[id(self.group)] = self.group
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__ = deepcopy(self.__dict__, memo)
+        return copied
 
     def extra_repr(self) -> str:
         return f"is_causal={self.is_causal}, window={self.window}, scale={self.scale}, dropout_p={self.dropout_p}"

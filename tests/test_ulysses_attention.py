@@ -7,6 +7,7 @@ in batches inside living ranks.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate, pairwise, product
@@ -595,7 +596,8 @@ def module_equals_function(rank: int) -> list[str]:
             *parts, sharding=sharding, group=world(), **{k: v for k, v in facts.items() if k == "kv_sharding"}
         )
         wanted_BlNH = ulysses_attention(*parts, sharding=sharding, group=world(), **choices, **facts)
-        got_BlNH = UlyssesAttention(group=world(), **choices)(*parts, sharding=sharding, **facts)
+        module = UlyssesAttention(group=world(), **choices)
+        got_BlNH = deepcopy(module)(*parts, sharding=sharding, **facts)  # as of an averaged model
         changed = "heads" in choices or not torch.equal(got_BlNH, plain_BlNH)
         failures += [f"{choices} {facts}"] * (not changed or not torch.equal(got_BlNH, wanted_BlNH))
         evaluated_BlNH = UlyssesAttention(group=world(), dropout_p=0.9, **choices).eval()(
