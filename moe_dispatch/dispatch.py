@@ -196,7 +196,7 @@ class PendingDispatch:
     _payload: Payload
 
     def finish(self) -> tuple[Tensor, Tensor]:
-        """Wait for the rows: what :func:`dispatch` returns."""
+        """Wait for the rows: what :func:`dispatch` returns. RuntimeError the second time."""
         return _FinishDispatch.apply(self._link, self._flight, self._payload)  # type: ignore[return-value]
 
 
@@ -208,7 +208,7 @@ class PendingCombine:
     _flight: Flight
 
     def finish(self) -> Tensor:
-        """Wait for the rows: what :func:`combine` returns."""
+        """Wait for the rows: what :func:`combine` returns. RuntimeError the second time."""
         y_tD: Tensor = _FinishCombine.apply(self._link, self._flight)  # type: ignore[assignment]
         return y_tD.unflatten(0, self._flight.plan.local_shape[:2])
 
@@ -264,8 +264,7 @@ def combine(y_MD: Tensor, metadata: DispatchMetadata, weight_M: Tensor | None = 
 
     Returns:
         ``y_BlD``: (b, l, width), or (l, b, width), in the dtype of ``y_MD``; 0 for a token without experts. Sums are
-            taken in float32
-        (float64 for float64), and rounded once for the wire and once for the result.
+        taken in float32 (float64 for float64), and rounded once for the wire and once for the result.
 
     Raises:
         ValueError: a number of rows or weights that is not the plan's.

@@ -14,8 +14,8 @@ class TopKRouter(nn.Module):
     bias decides the choice only and never enters a weight.
 
     Sources: DeepSeek-V2 (arXiv:2405.04434), softmax scores and group-limited choice by each group's best expert;
-        DeepSeek-V3
-    (arXiv:2412.19437), sigmoid scores, auxiliary-loss-free bias and groups judged by their two best experts.
+    DeepSeek-V3 (arXiv:2412.19437), sigmoid scores, auxiliary-loss-free bias and groups judged by their two best
+    experts.
 
     Args:
         dim: width D of the tokens.

@@ -1,4 +1,5 @@
-"""Sums over rows: gather, weigh and add in one pass, in float32 and without a float32 copy of the rows.
+"""Sums over rows: gather, weigh and add in one pass, in float32 and without a float32 copy of the rows (float16 rows
+with weights are copied: their weights have no exact parts).
 
 ``embedding_bag`` does it, low precision in float32 registers, in a fixed order on CPU and CUDA, and rounds once.
 """

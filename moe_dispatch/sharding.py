@@ -105,7 +105,7 @@ class TokenSharding:
     def global_token(self, local_token: Tensor, rank: int) -> Tensor: ...
     def global_token(self, local_token: int | Tensor, rank: int) -> int | Tensor:
         """Global token of ``local_token`` (an int, or an int64 tensor of any shape) of ``rank``; the same kind
-        back."""
+        back. ValueError for an int that the rank does not hold; tensors are not looked into."""
         (rows, length), (first_row, first_position) = self._extent(rank), self._corner(rank)
         if isinstance(local_token, int) and not 0 <= local_token < rows * length:
             raise ValueError(
@@ -184,7 +184,7 @@ class TokenSharding:
         return (outer_G + local_G // length_G) * self.global_shape[1] + inner_G + local_G % length_G
 
     def shard(self, x: Tensor, rank: int) -> Tensor:
-        """This rank's piece, a view, of the whole ``x``: (B, L, ...) or (L, B, ...)."""
+        """This rank's piece, a view, of the whole ``x``: (B, L, ...) or (L, B, ...). ValueError for another shape."""
         if tuple(x.shape[:2]) != self.global_shape:
             raise ValueError(
                 f"a tensor of shape {tuple(x.shape)} to cut by a sharding of the whole {self.global_shape} in order "
@@ -197,7 +197,7 @@ class TokenSharding:
 
     def unshard(self, shards: Sequence[Tensor]) -> Tensor:
         """The whole (B, L, ...) or (L, B, ...) from every rank's piece, in rank order: the inverse of
-        :meth:`shard`."""
+        :meth:`shard`. ValueError for pieces of another number or shape, or a sharding that leaves tokens out."""
         self.check_whole("unshard")
         if len(shards) != self.num_ranks:
             raise ValueError(
@@ -218,6 +218,7 @@ class TokenSharding:
         mesh.
 
         Tokens keep their global ids. :meth:`locate` gives rank -1 for a token that none of these ranks holds.
+        ValueError for no ranks, a rank twice, or one that there is not.
         """
         ranks = tuple(ranks)
         for rank in ranks:
