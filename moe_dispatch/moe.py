@@ -1,6 +1,5 @@
 """The MoE layer as one module."""
 
-from copy import deepcopy
 from typing import Any, Self
 
 import torch
@@ -11,6 +10,7 @@ from .balance import sum_counts
 from .dispatch import combine, start_dispatch
 from .exchange import check_group
 from .experts import GroupedExperts
+from .group_copy import copy_in_group
 from .metadata import DispatchMetadata, plan_dispatch, refuse_plan
 from .partition import Partition
 from .plan_checks import check_plan
@@ -113,11 +113,7 @@ class MoE(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """A copy in the same process group."""
-        memo[id(self.group)] = self.group
-        copied = type(self).__new__(type(self))
-        memo[id(self)] = copied
-        copied.__dict__ = deepcopy(self.__dict__, memo)
-        return copied
+        return copy_in_group(self, memo)
 
     @torch.no_grad()
     def update_bias(self, rate: float, group: dist.ProcessGroup) -> None:

@@ -6,6 +6,7 @@ output back) and two backward.
 
 import inspect
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -152,7 +153,8 @@ def _attend_over_ranks(
     options = of_my_heads(options, seed, call)
     if "first_head" in inspect.signature(attend).parameters:
         options["first_head"] = call.heads.query.offsets[call.rank]
-    out_BLnH, failure = _attend_or_fail(attend, q_BLnH, k_BLgH, v_BLgH, options, documents)
+    attend_whole = attend_or_zeros if documents is None else partial(attend_documents, documents=documents)
+    out_BLnH, failure = _attend_or_fail(partial(attend_whole, attend), q_BLnH, k_BLgH, v_BLgH, options)
     return collect(_RecomputedSoFar.apply(out_BLnH), call, failure)  # type: ignore[arg-type]
 
 
@@ -173,20 +175,19 @@ class _RecomputedSoFar(torch.autograd.Function):
 
 
 def _attend_or_fail(
-    attend: Attend,
+    attend_whole: Attend,
     q_BLnH: Tensor,
     k_BLgH: Tensor,
     v_BLgH: Tensor,
     options: Mapping[str, Any],
-    documents: Documents | None,
 ) -> tuple[Tensor, Failure | None]:
     """The output; or zeros, which the peers wait for all the same, and why there is none."""
     tensors = q_BLnH, k_BLgH, v_BLgH
     if torch.compiler.is_compiling():
-        out_BLnH = _attend(attend, *tensors, options, documents)
+        out_BLnH = attend_whole(*tensors, options)
     else:
         try:
-            out_BLnH = _attend(attend, *tensors, options, documents)
+            out_BLnH = attend_whole(*tensors, options)
         except checkpoint._StopRecomputationError:  # everything that backward needs is there again
             raise
         except Exception as error:
@@ -203,16 +204,3 @@ def _attend_or_fail(
     return zeros(q_BLnH.shape[1], q_BLnH, v_BLgH), Failure(
         f"attend gave {got}; it has to give (B, L, my query heads, value width) = {wanted} of {q_BLnH.dtype}"
     )
-
-
-def _attend(
-    attend: Attend,
-    q_BLnH: Tensor,
-    k_BLgH: Tensor,
-    v_BLgH: Tensor,
-    options: Mapping[str, Any],
-    documents: Documents | None,
-) -> Tensor:
-    if documents is None:
-        return attend_or_zeros(attend, q_BLnH, k_BLgH, v_BLgH, options)
-    return attend_documents(attend, q_BLnH, k_BLgH, v_BLgH, options, documents)

@@ -1,12 +1,12 @@
 """Ulysses attention as a module."""
 
-from copy import deepcopy
 from typing import Any, Self
 
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from moe_dispatch import Partition, TokenSharding
+from moe_dispatch.group_copy import copy_in_group
 
 from .attention import Attend, ulysses_attention
 
@@ -71,11 +71,7 @@ class UlyssesAttention(nn.Module):
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        memo[id(self.group)] = self.group
-        copied = type(self).__new__(type(self))
-        memo[id(self)] = copied
-        copied.__dict__ = deepcopy(self.__dict__, memo)
-        return copied
+        return copy_in_group(self, memo)
 
     def extra_repr(self) -> str:
         return f"is_causal={self.is_causal}, window={self.window}, scale={self.scale}, dropout_p={self.dropout_p}"
