@@ -1,21 +1,21 @@
 """Expert-parallel dispatch and combine: exact for uneven shards, in few bytes, unable to fail silently."""
 
-from .agreement import BAD, agree, digest, raise_on_every_rank
-from .balance import sequence_balance_loss
-from .dispatch import PendingCombine, PendingDispatch, combine, dispatch, start_combine, start_dispatch
-from .exchange import check_group, exchange_rows, start_exchange
-from .experts import GroupedExperts, SwiGLU
-from .hierarchy import combine_hierarchical, dispatch_hierarchical
-from .hierarchy_plan import HierarchicalPlan, NodeGroups, plan_hierarchical
-from .mesh import ParallelMesh, build_mesh
-from .metadata import DispatchMetadata, plan_dispatch
-from .moe import MoE
-from .partition import Partition
-from .placement import gather_tokens, place_tokens
-from .router import TopKRouter
-from .sharding import TokenSharding
-from .static_index import StaticSizes
-from .static_plan import StaticPlan, plan_static
+from .layer.balance import sequence_balance_loss
+from .layer.experts import GroupedExperts, SwiGLU
+from .layer.moe import MoE
+from .layer.router import TopKRouter
+from .layout.mesh import ParallelMesh, build_mesh
+from .layout.partition import Partition
+from .layout.sharding import TokenSharding
+from .plan.counted import DispatchMetadata, plan_dispatch
+from .plan.hierarchical import HierarchicalPlan, NodeGroups, plan_hierarchical
+from .plan.static import StaticPlan, plan_static
+from .plan.static_index import StaticSizes
+from .rows.dispatch import PendingCombine, PendingDispatch, combine, dispatch, start_combine, start_dispatch
+from .rows.hierarchical import combine_hierarchical, dispatch_hierarchical
+from .wire.agreement import BAD, agree, digest, raise_on_every_rank
+from .wire.exchange import check_group, exchange_rows, start_exchange
+from .wire.regions import gather_tokens, place_tokens
 
 __all__ = [
     "BAD",

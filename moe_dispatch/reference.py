@@ -6,8 +6,8 @@ It reads the parameters and settings of the library's modules, and calls none of
 import torch
 from torch import Tensor, nn
 
-from .experts import GroupedExperts
-from .router import TopKRouter
+from .layer.experts import GroupedExperts
+from .layer.router import TopKRouter
 
 
 class ReferenceMoE(nn.Module):

@@ -1,14 +1,14 @@
 """Ulysses sequence-parallel attention: equal to attention on one rank, for any lengths, heads and masks."""
 
-from .attend import scaled_dot_product
-from .attention import ulysses_attention
-from .batch import Batch, Chunk, ShardedBatch, gather_outputs
-from .exchange import heads_from_tokens, tokens_from_heads
-from .flex import flex_attend
-from .labels import shift_labels
-from .loss import MeanLoss, mean_cross_entropy, mean_loss
-from .module import UlyssesAttention
-from .shard import shard_batch
+from .attend.default import scaled_dot_product
+from .attend.flex import flex_attend
+from .batch.batch import Batch, Chunk, ShardedBatch, gather_outputs
+from .batch.labels import shift_labels
+from .batch.loss import MeanLoss, mean_cross_entropy, mean_loss
+from .batch.shard import shard_batch
+from .call.module import UlyssesAttention
+from .call.ulysses import ulysses_attention
+from .wire.exchange import heads_from_tokens, tokens_from_heads
 
 __all__ = [
     "Batch",

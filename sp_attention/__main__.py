@@ -14,7 +14,7 @@ from torch import Tensor
 from moe_dispatch import Partition, TokenSharding
 from moe_dispatch.testing import RankPool
 
-from .attention import ulysses_attention
+from .call.ulysses import ulysses_attention
 from .reference import reference_attention
 
 RANKS = 4

@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from moe_dispatch import GroupedExperts, Partition, TokenSharding, cli
+from moe_dispatch import GroupedExperts, Partition, TokenSharding
+from moe_dispatch.lab import cli
 from moe_dispatch.reference import ReferenceMoE
 from moe_dispatch.testing import RankPool
 

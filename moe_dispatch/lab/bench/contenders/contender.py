@@ -1,0 +1,74 @@
+"""What is timed, and how it is named: the protocol that a dispatcher of your own implements too."""
+
+import importlib
+from typing import Any, Protocol
+
+import torch.distributed as dist
+from torch import Tensor
+
+from .ours import OurDispatch, OurDispatchWeighedByExperts, OurUlysses
+from .textbook import TextbookDispatch, TextbookUlysses
+
+
+class Contender(Protocol):
+    """One implementation, made once per workload and called many times. ``kind`` says which workloads it does:
+    "dispatch" (also where the attribute is missing) or "ulysses".
+
+    ``forward`` is differentiable and may communicate over ``group`` only. In a "dispatch" workload it gets
+    ``x_tD`` (t, D), ``expert_tK`` (t, K) int64 and ``weight_tK`` (t, K) float32, and returns ``y_tD``: every row
+    sent to its experts, which are the identity, and the weighted sum of what they give. In a "ulysses" workload it
+    gets ``q_BlNH``, ``k_BlGH`` and ``v_BlGH`` and returns ``out_BlNH``, where attention is ``q + (k + v)``.
+
+    ``experts_keep``, where there is such an attribute, are tensors that the experts of the last forward keep for
+    their own backward: they are not counted as kept.
+    """
+
+    def __init__(self, workload: Any, group: dist.ProcessGroup) -> None:
+        """``workload`` is a DispatchWorkload or a UlyssesWorkload. Raise NotApplicable for one it cannot do."""
+        ...
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor: ...
+
+
+def contenders_of(kind: str, adapter: str) -> dict[str, type[Contender]]:
+    """Name -> class of those that do workloads of this kind, ours first; ``adapter`` may be empty."""
+    of_dispatch: dict[str, type[Contender]] = {
+        "ours": OurDispatch,
+        "experts weigh": OurDispatchWeighedByExperts,
+        "textbook": TextbookDispatch,
+    }
+    of_ulysses: dict[str, type[Contender]] = {"ours": OurUlysses, "textbook": TextbookUlysses}
+    found = of_dispatch if kind == "dispatch" else of_ulysses
+    if adapter:
+        adapted = find_adapter(adapter)
+        if getattr(adapted, "kind", "dispatch") == kind:
+            found[adapted.__name__ if adapted.__name__ not in found else adapter] = adapted
+    return found
+
+
+def find_adapter(name: str) -> type[Contender]:
+    """The class that ``package.module:Name`` names.
+
+    Raises:
+        ValueError: a name of another form, no such module or class, or one without ``forward``.
+    """
+    module_name, _, class_name = name.partition(":")
+    if not module_name or not class_name:
+        raise ValueError(f"adapter {name!r} is not of the form package.module:Name, e.g. my_bench.titan:Dispatcher")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ValueError(
+            f"adapter {name!r} cannot be imported ({error}); its module has to be installed, or in a folder that "
+            "PYTHONPATH names"
+        ) from None
+    adapted = getattr(module, class_name, None)
+    if not isinstance(adapted, type) or not callable(getattr(adapted, "forward", None)):
+        fact = "does not exist" if adapted is None else "is no class with a method forward"
+        raise ValueError(
+            f"adapter {name!r}: {class_name} {fact}; see moe_dispatch/lab/bench/contenders/contender.py for what it needs"
+        )
+    kind = getattr(adapted, "kind", "dispatch")
+    if kind not in ("dispatch", "ulysses"):
+        raise ValueError(f'adapter {name!r} has kind = {kind!r}; it has to be "dispatch" or "ulysses"')
+    return adapted

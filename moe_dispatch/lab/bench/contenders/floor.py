@@ -1,0 +1,79 @@
+"""What moving these rows costs with nothing around it: ``all_to_all_single`` between buffers that are there already.
+
+A rank's own rows pass through the collective as well, as they usually do. Ours keep them out of it, so the bytes on
+the wire are the same, but the backend's own copy is in the floor only.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..workload import DispatchWorkload, UlyssesWorkload
+
+
+class Floor:
+    """Rows there and back in forward, there and back again in backward; nothing is gathered, copied or summed."""
+
+    def __init__(
+        self,
+        there: tuple[Tensor, Tensor, list[int], list[int]],
+        back: tuple[Tensor, Tensor, list[int], list[int]],
+        group: dist.ProcessGroup,
+    ) -> None:
+        """Each way: rows to send, buffer for what comes, rows to each rank, rows from each rank."""
+        self.ways, self.group = (there, back), group
+
+    def forward(self) -> None:
+        for rows, out, sent, received in self.ways:
+            dist.all_to_all_single(out, rows, received, sent, group=self.group)
+
+    def backward(self) -> None:
+        """The gradient of ``back`` takes the way of ``there``, and the other way round: the same two calls."""
+        self.forward()
+
+
+def floors_of(workload: DispatchWorkload | UlyssesWorkload, group: dist.ProcessGroup) -> dict[str, Floor]:
+    """Name -> floor, the one that ratios are taken against first."""
+    if isinstance(workload, UlyssesWorkload):
+        return {"floor": _ulysses_floor(workload, group)}
+    return {
+        "rank floor": _row_floor(workload, group, once=True),
+        "choice floor": _row_floor(workload, group, once=False),
+    }
+
+
+def rows_between(workload: DispatchWorkload, *, once: bool) -> list[list[int]]:
+    """[source][destination] rows: one per choice, or with ``once`` one per distinct (token, rank)."""
+    ranks, counts = len(workload.experts), []
+    for source in range(ranks):
+        rank_tK = workload.experts.owner(workload.choices(source))
+        if once:
+            rank_tK = torch.zeros(len(rank_tK), ranks, dtype=torch.bool).scatter_(1, rank_tK, True).nonzero()[:, 1]
+        counts.append(rank_tK.flatten().bincount(minlength=ranks).tolist())
+    return counts
+
+
+def _row_floor(workload: DispatchWorkload, group: dist.ProcessGroup, *, once: bool) -> Floor:
+    counts, rank = rows_between(workload, once=once), group.rank()
+    sent, received = counts[rank], [row[rank] for row in counts]
+    here_SD, there_RD = (torch.ones(sum(n), workload.dim, dtype=workload.dtype) for n in (sent, received))
+    return Floor((here_SD, there_RD, sent, received), (there_RD, here_SD, received, sent), group)
+
+
+def _ulysses_floor(workload: UlyssesWorkload, group: dist.ProcessGroup) -> Floor:
+    """Exactly the elements of q, and of the k and v heads that each rank needs; then those of the output."""
+    rank, tokens = group.rank(), workload.sharding.local_sizes
+    query, kv = workload.heads.sizes, workload.kv_needed
+    width = [(query[to] + 2 * kv[to]) * workload.head_dim for to in range(len(query))]
+
+    def buffer(elements: Sequence[int]) -> Tensor:
+        return torch.ones(sum(elements), dtype=workload.dtype)
+
+    sent, received = [tokens[rank] * w for w in width], [t * width[rank] for t in tokens]
+    home = [t * query[rank] * workload.head_dim for t in tokens]
+    arriving = [tokens[rank] * n * workload.head_dim for n in query]
+    return Floor(
+        (buffer(sent), buffer(received), sent, received), (buffer(home), buffer(arriving), home, arriving), group
+    )

@@ -1,0 +1,141 @@
+"""What the user sees of a bench run: the settings, a table, and the same as JSON."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ..desk.files import replacing
+from .config import BenchConfig
+from .results import Line, Traffic, WorkloadResult
+
+COLUMNS = (
+    "workload",
+    "contender",
+    "forward ms",
+    "x floor",
+    "fwd + bwd ms",
+    "x floor",
+    "wire MB",
+    "collectives",
+    "host syncs",
+    "kept MB",
+    "peak MB",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """What a run was made on. ``load_average``: of one minute, before the first rank started."""
+
+    torch: str
+    cores: int
+    load_average: float
+    repeat: int
+
+
+def print_bench(console: Console, setting: Setting, results: Sequence[WorkloadResult]) -> None:
+    """Settings, the table, then what each workload is and what kept a contender out of it."""
+    _print_text(console, _setting_lines(setting, results))
+    table = Table(header_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    for i, column in enumerate(COLUMNS):
+        table.add_column(column, justify="left" if i < 2 else "right")
+    for result in results:
+        for i, line in enumerate(result.lines):
+            table.add_row(Text("" if i else result.name), *_cells(result, line))
+        table.add_section()
+    console.print(table)
+    _print_text(console, _notes(results))
+    for result in results:
+        if any(line.phase_ms for line in result.lines):
+            _print_text(console, iter([f"{result.name}: share of forward + backward on rank 0, while profiled"]))
+            console.print(_phase_table(result))
+
+
+def write_json(path: Path, config: BenchConfig, setting: Setting, results: Sequence[WorkloadResult]) -> None:
+    """Config, settings, and every number of every repetition."""
+    document = {
+        "passed": all(result.fine for result in results),
+        **asdict(setting),
+        "config": asdict(config),
+        "workloads": [asdict(result) for result in results],
+    }
+    with replacing(path) as part:
+        part.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _setting_lines(setting: Setting, results: Sequence[WorkloadResult]) -> Iterator[str]:
+    yield (
+        f"torch {setting.torch}, {setting.cores} cores, load average {setting.load_average:.1f} at the start; "
+        f"one thread per rank; median (minimum) of {setting.repeat} repetitions, each the slowest rank's"
+    )
+    for allocator in dict.fromkeys(result.allocator for result in results if not result.error):
+        yield f"allocator of every rank: {' '.join(allocator) or 'the default of the system'}"
+
+
+def _cells(result: WorkloadResult, line: Line) -> Iterator[str | Text]:
+    yield Text(line.name)
+    if line.absent:
+        yield Text("refused" if line.wrong else "-", "bold red" if line.wrong else "")
+        return
+    forward, both = result.ratios(line)
+    yield _times(line.forward_ms)
+    yield f"{forward:.1f}"
+    yield _times(line.both_ms)
+    yield f"{both:.1f}"
+    if line.forward and line.backward:
+        yield f"{_megabytes(line.forward.wire_bytes)} + {_megabytes(line.backward.wire_bytes)}"
+        yield _pair(line.forward, line.backward, "collectives")
+        yield _pair(line.forward, line.backward, "host_syncs")
+        yield _megabytes(line.kept_bytes)
+        yield _megabytes(line.peak_bytes)
+
+
+def _times(milliseconds: Sequence[float]) -> str:
+    return f"{median(milliseconds):.1f} ({min(milliseconds):.1f})"
+
+
+def _pair(forward: Traffic, backward: Traffic, name: str) -> str:
+    return f"{getattr(forward, name)} + {getattr(backward, name)}"
+
+
+def _megabytes(number: int | None) -> str:
+    if number is None:
+        return "n/a"
+    return f"{number / 1e6:.0f}" if number >= 1e8 else f"{number / 1e6:.3g}"
+
+
+def _notes(results: Sequence[WorkloadResult]) -> Iterator[str]:
+    for result in results:
+        yield f"{result.name}: {result.shape}"
+        if result.error:
+            yield f"  broke off: {result.error}"
+        for line in result.lines:
+            if line.absent:
+                yield f"  {line.name} {'was refused' if line.wrong else 'is absent'}: {line.absent}"
+
+
+def _phase_table(result: WorkloadResult) -> Table:
+    profiled = [line for line in result.lines if line.phase_ms]
+    table = Table(header_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("phase")
+    for line in profiled:
+        table.add_column(Text(line.name), justify="right")
+    totals = [sum((line.phase_ms or {}).values()) for line in profiled]
+    for phase in profiled[0].phase_ms or {}:
+        times = [(line.phase_ms or {})[phase] for line in profiled]
+        table.add_row(
+            phase, *(f"{time:.1f} ms {time / total:4.0%}" for time, total in zip(times, totals, strict=True))
+        )
+    return table
+
+
+def _print_text(console: Console, lines: Iterator[str]) -> None:
+    for line in lines:
+        console.print(Text(line), soft_wrap=True)

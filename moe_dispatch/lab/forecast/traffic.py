@@ -1,0 +1,155 @@
+"""From a demand to the bytes of every collective of a layer, for three ways to dispatch.
+
+Each collective is a *leg*: [source, destination] bytes, as the collective gets them. What stays on a rank is in the
+legs of the plan and of the textbook; our rows that stay are in none.
+``tests/test_planning.py`` compares the legs of counted demands with the collectives of real runs, to the byte.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...plan.group_tokens import WORD
+from .demand import Demand
+
+COUNT_BYTES = 8  # int64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Widths:
+    """What a row is made of: ``dim`` values of ``row_bytes``, and K weights of ``weight_bytes``."""
+
+    dim: int
+    num_choices: int
+    row_bytes: int
+    weight_bytes: int
+
+    @property
+    def row(self) -> int:
+        return self.dim * self.row_bytes
+
+    @property
+    def weighted_row(self) -> int:
+        """A row with all K weights of its token."""
+        return self.row + self.num_choices * self.weight_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Traffic:
+    """The collectives of one layer. The last three are in the order in which they run.
+
+    Attributes:
+        plan: bytes of each leg of the plan.
+        ways: rows of each leg of the dispatch; combine and backward go the same ways, forth and home.
+        kept: rows of each rank that stay there, for each leg, where they do not travel.
+        there, home: bytes of a row of dispatch, and of combine.
+        rows_P: rows of each rank's experts.
+    """
+
+    plan: tuple[Tensor, ...]
+    ways: tuple[Tensor, ...]
+    kept: tuple[Tensor, ...]
+    there: int
+    home: int
+    rows_P: Tensor
+
+    @property
+    def dispatch(self) -> tuple[Tensor, ...]:
+        return tuple(rows_PP * self.there for rows_PP in self.ways)
+
+    @property
+    def combine(self) -> tuple[Tensor, ...]:
+        return tuple(rows_PP.T * self.home for rows_PP in reversed(self.ways))
+
+    @property
+    def backward(self) -> tuple[Tensor, ...]:
+        out = tuple(rows_PP * self.home for rows_PP in self.ways)
+        return (*out, *(rows_PP.T * self.there for rows_PP in reversed(self.ways)))
+
+
+def row_per_choice(demand: Demand, widths: Widths) -> Traffic:
+    """The textbook: counts per expert first, then one row per choice; weights stay with the tokens."""
+    sizes_P = torch.tensor(demand.experts.sizes)
+    counts_PP = (COUNT_BYTES * sizes_P).expand(len(sizes_P), -1)
+    return Traffic(
+        plan=(counts_PP,),
+        ways=(demand.choices_PP,),
+        kept=(torch.zeros(len(sizes_P)),),
+        there=widths.row,
+        home=widths.row,
+        rows_P=demand.choices_PP.sum(0),
+    )
+
+
+def row_per_rank(demand: Demand, widths: Widths) -> Traffic:
+    """``plan_dispatch``, ``dispatch``, ``combine``: every choice to every rank, then one row per token and rank."""
+    ranks = len(demand.experts)
+    message_P = routing_bytes(demand.tokens_P, widths.num_choices, demand.experts.total)
+    plan = (message_P.unsqueeze(1).expand(ranks, ranks),)
+    ways, kept = _travelling(demand.tokens_PP)
+    return Traffic(
+        plan=plan,
+        ways=ways,
+        kept=kept,
+        there=widths.weighted_row,
+        home=widths.row,
+        rows_P=demand.choices_PP.sum(0),
+    )
+
+
+def row_per_node(demand: Demand, widths: Widths) -> Traffic:
+    """``plan_hierarchical`` and its kin: one row per token and node to the rank of the same place, then one per token
+    and rank inside."""
+    num_nodes, in_node = demand.num_nodes, demand.in_node
+    column_PP, node_PP = same_column(num_nodes, in_node), same_node(num_nodes, in_node)
+    between_PP = demand.tokens_PN.repeat_interleave(in_node, dim=1) * column_PP
+    # What rank (node, place) passes on to a rank of its node came from all of its column.
+    of_place_RP = demand.tokens_PP.unflatten(0, (num_nodes, in_node)).sum(0)
+    within_PP = of_place_RP.repeat(num_nodes, 1) * node_PP
+    passed_P = demand.tokens_P.unflatten(0, (num_nodes, in_node)).sum(0).repeat(num_nodes)
+    experts_N = torch.tensor(demand.experts.sizes).unflatten(0, (num_nodes, in_node)).sum(1)
+    inside = [
+        routing_bytes(passed_R, widths.num_choices, experts)
+        for passed_R, experts in zip(passed_P.split(in_node), experts_N.tolist(), strict=True)
+    ]
+    inside_P = torch.cat(inside)
+    first_P = routing_bytes(demand.tokens_P, widths.num_choices, demand.experts.total)
+    plan = (first_P.unsqueeze(1) * column_PP, inside_P.unsqueeze(1) * node_PP)
+    ways, kept = _travelling(between_PP, within_PP)
+    return Traffic(
+        plan=plan,
+        ways=ways,
+        kept=kept,
+        there=widths.weighted_row,
+        home=widths.row,
+        rows_P=demand.choices_PP.sum(0),
+    )
+
+
+def _travelling(*legs: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """The rows of each leg that go to another rank, and those that stay."""
+    kept = tuple(rows_PP.diagonal() for rows_PP in legs)
+    return tuple(rows_PP - own_P.diag() for rows_PP, own_P in zip(legs, kept, strict=True)), kept
+
+
+def routing_bytes(tokens: Tensor, num_choices: int, num_experts: int) -> Tensor:
+    """Bytes of one message of ``routing.RoutingExchange``: a word, then each token's ids in steps of 4 bytes."""
+    id_bytes = 1 if num_experts <= 255 else 2
+    return WORD.itemsize + tokens * token_id_bytes(num_choices, id_bytes)
+
+
+def token_id_bytes(num_choices: int, id_bytes: int) -> int:
+    return -(-num_choices * id_bytes // WORD.itemsize) * WORD.itemsize
+
+
+def same_node(num_nodes: int, in_node: int) -> Tensor:
+    """(P, P) bool: are the two on one node?"""
+    node_P = torch.arange(num_nodes).repeat_interleave(in_node)
+    return node_P.unsqueeze(1) == node_P
+
+
+def same_column(num_nodes: int, in_node: int) -> Tensor:
+    """(P, P) bool: have the two the same place on their nodes?"""
+    place_P = torch.arange(in_node).repeat(num_nodes)
+    return place_P.unsqueeze(1) == place_P

@@ -1,0 +1,161 @@
+"""Bugs that this field has shipped: functions from the right code to the wrong one, for ``mutants.py`` only."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from sp_attention.wire.exchange import Lane
+
+from ....layer.experts import GroupedExperts
+from ....layer.moe import MoE
+from ....layer.router import TopKRouter
+from ....layout.sharding import TokenSharding
+from ....plan.counted import DispatchMetadata
+from ....wire.regions import gather_tokens, place_tokens
+
+Right = Callable[..., Any]
+Wrong = Callable[..., Any]
+
+
+def offset_without_batch(_right: Right) -> Wrong:
+    def global_token(sharding: TokenSharding, local_token: Tensor, rank: int) -> Tensor:
+        return local_token + rank * sharding.local_sizes[rank]
+
+    return global_token
+
+
+def padded_length_offset(_right: Right) -> Wrong:
+    def global_token(sharding: TokenSharding, local_token: Tensor, rank: int) -> Tensor:
+        length, ranks = max(sharding.seq.sizes), len(sharding.seq)
+        return (local_token // length) * (length * ranks) + (rank % ranks) * length + local_token % length
+
+    return global_token
+
+
+def weights_twice(right: Right) -> Wrong:
+    def forward(experts: GroupedExperts, x_MD: Tensor, rows_per_expert_e: Tensor, weight_M: Tensor) -> Tensor:
+        return right(experts, x_MD, rows_per_expert_e, weight_M * weight_M)
+
+    return forward
+
+
+def gradients_averaged(_right: Right) -> Wrong:
+    return lambda _module, _factor: None  # FSDP's own factor is the number of ranks
+
+
+def positions_from_zero(right: Right) -> Wrong:
+    def positions(sharding: TokenSharding, rank: int, device: torch.device | str = "cpu") -> Tensor:
+        position_t = right(sharding, rank, device)
+        return position_t - position_t.min() if len(position_t) else position_t
+
+    return positions
+
+
+def stale_plan(right: Right) -> Wrong:
+    first_plans: dict[int, DispatchMetadata] = {}
+
+    def plan(
+        moe: MoE, scores_BlE: Tensor, dtype: torch.dtype, sharding: TokenSharding, also: str
+    ) -> DispatchMetadata:
+        if id(moe) not in first_plans:
+            first_plans[id(moe)] = right(moe, scores_BlE, dtype, sharding, also)
+        return first_plans[id(moe)]
+
+    return plan
+
+
+def weights_without_gradient(right: Right) -> Wrong:
+    return lambda router, scores_BlE, expert_BlK: right(router, scores_BlE.detach(), expert_BlK)
+
+
+def bias_in_weights(right: Right) -> Wrong:
+    def weigh(router: TopKRouter, scores_BlE: Tensor, expert_BlK: Tensor) -> Tensor:
+        return right(router, scores_BlE + router.expert_bias_E, expert_BlK)
+
+    return weigh
+
+
+def weights_in_bfloat16(right: Right) -> Wrong:
+    def weigh(router: TopKRouter, scores_BlE: Tensor, expert_BlK: Tensor) -> Tensor:
+        return right(router, scores_BlE, expert_BlK).bfloat16().to(scores_BlE.dtype)
+
+    return weigh
+
+
+def gather_without_sum(_right: Right) -> Wrong:
+    def gather_own_gradient(x_BlD: Tensor, *, sharding: TokenSharding, group: dist.ProcessGroup) -> Tensor:
+        whole_BLD = gather_tokens(x_BlD.detach(), sharding=sharding, group=group)
+        mine_BLD = place_tokens(x_BlD, sharding=sharding, rank=group.rank())
+        return whole_BLD + mine_BLD - mine_BLD.detach()
+
+    return gather_own_gradient
+
+
+def balance_of_the_shard(_right: Right) -> Wrong:
+    return lambda _count_BE, group: None  # counts of the rank's own tokens only
+
+
+def exchange_transposed(right: Right) -> Wrong:
+    def collect(x_BLnH: Tensor, lane: Lane, group: dist.ProcessGroup) -> Tensor:
+        x_BlNH = right(x_BLnH, lane, group)
+        return x_BlNH.transpose(1, 2).reshape(x_BlNH.shape)
+
+    return collect
+
+
+def zero_key_unmasked(right: Right) -> Wrong:
+    def attend(attend: Any, q_BLnH: Tensor, k_BLgH: Tensor, v_BLgH: Tensor, options: Mapping[str, Any]) -> Tensor:
+        padded = (F.pad(x_BLgH, (0, 0, 0, 0, 1, 0)) for x_BLgH in (k_BLgH, v_BLgH))
+        return right(attend, q_BLnH, *padded, options)
+
+    return attend
+
+
+def padding_attended(_right: Right) -> Wrong:
+    return lambda documents: tuple(pairwise(documents.starts))
+
+
+def mask_of_local_length(right: Right) -> Wrong:
+    def attend(attend: Any, q_BLnH: Tensor, k_BLgH: Tensor, v_BLgH: Tensor, options: Mapping[str, Any]) -> Tensor:
+        seen_BL = (torch.arange(k_BLgH.shape[1]) < k_BLgH.shape[1] // 2).expand(len(k_BLgH), -1)
+        return right(attend, q_BLnH, k_BLgH, v_BLgH, {**options, "key_padding_mask": seen_BL})
+
+    return attend
+
+
+def window_of_local_length(right: Right) -> Wrong:
+    def attend(attend: Any, q_BLnH: Tensor, k_BLgH: Tensor, v_BLgH: Tensor, options: Mapping[str, Any]) -> Tensor:
+        local = k_BLgH.shape[1] // 4
+        kept = {name: value for name, value in options.items() if name != "window" or value[0] < local}
+        return right(attend, q_BLnH, k_BLgH, v_BLgH, kept)
+
+    return attend
+
+
+def kv_heads_rolled(right: Right) -> Wrong:
+    return lambda heads, x_BlGH: right(heads, x_BlGH.roll(1, dims=2))
+
+
+def labels_shifted_in_shard(right: Right) -> Wrong:
+    def shard(batch: Any, *, sharding: TokenSharding, group: dist.ProcessGroup) -> Any:
+        sharded = right(batch, sharding=sharding, group=group)
+        target_Bl = torch.full_like(sharded.target_Bl, batch.ignore_index)
+        target_Bl[:, :-1] = sharded.token_Bl[:, 1:]
+        return replace(sharded, target_Bl=target_Bl)
+
+    return shard
+
+
+def loss_averaged_per_rank(right: Right) -> Wrong:
+    def mean(logits_BlV: Tensor, target_Bl: Tensor, *, group: dist.ProcessGroup) -> Any:
+        found = right(logits_BlV, target_Bl, group=group)
+        mine = max(int((target_Bl != -100).sum()), 1)
+        return replace(found, share=found.share * (found.num_targets / (mine * group.size())))
+
+    return mean

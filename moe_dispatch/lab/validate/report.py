@@ -1,0 +1,188 @@
+"""What the user sees of a run: progress while it works, then a table, and the same as JSON."""
+
+import json
+import math
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from ..desk.files import replacing
+from .config import ValidateConfig
+from .matrix import MatrixRun, MutantsRun
+from .results import QUANTITIES, RowResult
+
+# More than the widest table: rich folds cells at 80 columns in a pipe, and into single letters on a narrow
+# terminal.
+WIDTH = 250
+MESH = "dp sp tp ep"
+VERDICTS = ("agrees", "disagreeing", "could_show", "caught")
+
+
+def output_console() -> Console:
+    """Standard output for :func:`print_matrix` and :func:`print_mutants`."""
+    return Console(width=WIDTH)
+
+
+class ProgressDisplay:
+    """A line per finished row and, on a terminal, a bar below them; a ``Watcher`` and a context manager."""
+
+    def __init__(self, console: Console, total: int | None) -> None:
+        columns = (SpinnerColumn(), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self._progress = Progress(
+            *columns,
+            TextColumn("{task.description}", markup=False),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task = self._progress.add_task("", total=total)
+
+    def started(self, what: str) -> None:
+        self._progress.update(self._task, description=what)
+
+    def finished(self, what: str, outcome: str) -> None:
+        self._progress.console.print(Text(f"{what}  {outcome}"), soft_wrap=True)
+        self._progress.advance(self._task)
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+
+def print_matrix(console: Console, run: MatrixRun) -> None:
+    """The table of a run, then one line for each quantity that differs and each row that broke off."""
+    table = _table("row", MESH, "B x L", "dtype", "logits", "loss", "gradients", "loss curve", "verdict", "s")
+    for reference in run.references:
+        shape = f"{reference.shape[0]} x {reference.shape[1]}"
+        unmeasured = [""] * len(QUANTITIES)
+        table.add_row("one process", "", shape, reference.dtype, *unmeasured, "reference", f"{reference.seconds:.1f}")
+    table.add_section()
+    for row in run.rows:
+        table.add_row(*_cells(row))
+    console.print(table)
+    _print_text(console, _disagreements(run.rows))
+
+
+def print_mutants(console: Console, run: MutantsRun) -> None:
+    """The table of all mutants: which quantity caught each, in which row."""
+    table = _table("mutant", "what it does", "row", "caught by", "verdict")
+    for row in run.controls:
+        table.add_row("(none)", "control: has to agree", Text(row.name), "", _verdict(row))
+    table.add_section()
+    for mutant in run.mutants:
+        if not mutant.could_show:
+            table.add_row(Text(mutant.name), Text(mutant.description), "none in which it could show", "", "not run")
+            continue
+        last = mutant.rows[-1]
+        broken = [row for row in mutant.rows if row.error]
+        verdict = Text("caught", "green") if mutant.caught else Text("ERROR" if broken else "MISSED", "bold red")
+        row, by = (last.name, ", ".join(last.disagreeing)) if mutant.caught else (f"all {len(mutant.rows)}", "")
+        table.add_row(Text(mutant.name), Text(mutant.description), Text(row), by, verdict)
+    console.print(table)
+    broken = [row for mutant in run.mutants if not mutant.caught for row in mutant.rows if row.error]
+    _print_text(console, _disagreements([*run.controls, *broken]))
+
+
+def write_json(path: Path, config: ValidateConfig, run: MatrixRun | MutantsRun) -> None:
+    """All of a run: config, versions, and every number of every row; a NaN or infinity is null."""
+    document = {
+        "passed": run.agrees if isinstance(run, MatrixRun) else run.all_caught,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "config": asdict(config),
+        **{key: _plain(value) for key, value in _fields(run).items()},
+    }
+    with replacing(path) as part:
+        part.write_text(json.dumps(_finite(document), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _table(*columns: str) -> Table:
+    table = Table(header_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        table.add_column(column)
+    return table
+
+
+def _cells(row: RowResult) -> Iterator[str | Text]:
+    yield Text(row.name)
+    yield "  ".join(row.mesh.replace(",", "").split()[1::2])  # "dp 2, sp 1, ..." under the names of MESH
+    yield f"{row.shape[0]} x {row.shape[1]}"
+    yield row.dtype
+    by_quantity = {difference.quantity: difference for difference in row.differences}
+    for quantity in QUANTITIES:
+        if quantity not in by_quantity:
+            yield "-"
+            continue
+        difference = by_quantity[quantity]
+        where = f"  {difference.where}" if quantity == "gradients" else ""
+        yield Text(
+            f"{difference.value:.1e}{where}" if difference.value else "0",
+            "" if difference.agrees else "bold red",
+        )
+    yield _verdict(row)
+    yield f"{row.seconds:.1f}"
+
+
+def _verdict(row: RowResult) -> Text:
+    if row.error:
+        return Text("ERROR", "bold red")
+    if row.agrees:
+        return Text("agree", "green")
+    return Text(f"DIFFERS: {', '.join(row.disagreeing)}", "bold red")
+
+
+def _disagreements(rows: Sequence[RowResult]) -> Iterator[str]:
+    for row in rows:
+        if row.error:
+            yield f"{row.name}, {row.dtype}, broke off: {row.error}"
+        for difference in row.differences:
+            if not difference.agrees:
+                yield (
+                    f"{row.name}, {row.dtype}: {difference.quantity} off by {difference.value:.1e} "
+                    f"(tolerance {difference.tolerance:.0e}), most at {difference.where}"
+                )
+
+
+def _print_text(console: Console, lines: Iterator[str]) -> None:
+    for line in lines:
+        console.print(Text(line), soft_wrap=True)
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    """A result as a dict, with the verdict that its numbers imply."""
+    fields = {name: getattr(value, name) for name in type(value).__dataclass_fields__}
+    verdicts = {name: getattr(value, name) for name in VERDICTS if hasattr(value, name)}
+    return fields | verdicts
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value):
+        return {name: _plain(inner) for name, inner in _fields(value).items()}
+    return [_plain(inner) for inner in value] if isinstance(value, tuple) else value
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,137 @@
+"""SwiGLU experts over ragged rows."""
+
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..wire.autocast import cast_to_autocast, without_autocast
+
+
+class GroupedExperts(nn.Module):
+    """This rank's experts: ``down(weight * silu(gate(x)) * up(x))`` for each expert's rows.
+
+    The routing weight multiplies the hidden row, before the bias-free down-projection: the same as on the output, and
+    narrower. Under ``torch.autocast`` products are of its dtype, as those of ``nn.Linear``.
+
+    On CUDA, bfloat16 rows and weights (also those of autocast), with D and F multiples of 8, run without the host;
+    others are multiplied expert by expert, which waits for the counts, once per forward.
+
+    Args:
+        num_experts: e, the experts of this rank; 0 is ordinary.
+        dim: D.
+        hidden: F.
+
+    Attributes:
+        gate_eDF, up_eDF, down_eFD: the weights. An expert without rows gets a zero gradient, not a missing one.
+    """
+
+    def __init__(self, num_experts: int, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.num_experts, self.dim, self.hidden = num_experts, dim, hidden
+        self.gate_eDF = nn.Parameter(torch.empty(num_experts, dim, hidden))
+        self.up_eDF = nn.Parameter(torch.empty(num_experts, dim, hidden))
+        self.down_eFD = nn.Parameter(torch.empty(num_experts, hidden, dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Normal, with standard deviation (input width) ** -0.5."""
+        for parameter in (self.gate_eDF, self.up_eDF, self.down_eFD):
+            nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
+
+    def forward(self, x_MD: Tensor, rows_per_expert_e: Tensor, weight_M: Tensor) -> Tensor:
+        """The experts' weighted outputs.
+
+        Args:
+            x_MD: rows by expert, as ``dispatch`` gives them.
+            rows_per_expert_e: how many rows each expert has; they sum to M, or to less, where the last rows are
+                those that a static plan does not use. Their outputs mean nothing.
+            weight_M: the weight of each row; may be float32 with bfloat16 rows.
+
+        Returns:
+            (M, D), in the dtype of ``x_MD``.
+
+        Raises:
+            ValueError: counts for another number of experts, or weights for another number of rows.
+        """
+        if len(rows_per_expert_e) != self.num_experts or len(weight_M) != len(x_MD):
+            raise ValueError(
+                f"{len(x_MD)} rows with {len(weight_M)} weights for {len(rows_per_expert_e)} experts, but there are "
+                f"{self.num_experts} experts here; pass the rows and weights of dispatch and the rows_per_expert_e "
+                "of its plan"
+            )
+        groups = RowGroups(rows_per_expert_e)
+        hidden_MF = F.silu(grouped_product(x_MD, self.gate_eDF, groups))
+        hidden_MF = hidden_MF * grouped_product(x_MD, self.up_eDF, groups)
+        weighted_MF = (hidden_MF * weight_M.unsqueeze(1)).to(x_MD.dtype)
+        return grouped_product(weighted_MF, self.down_eFD, groups).to(x_MD.dtype)
+
+    def extra_repr(self) -> str:
+        return f"num_experts={self.num_experts}, dim={self.dim}, hidden={self.hidden}"
+
+
+class RowGroups:
+    """How many rows each expert has, in the forms that products want; each is made once."""
+
+    def __init__(self, rows_per_expert_e: Tensor) -> None:
+        self.rows_per_expert_e = rows_per_expert_e
+
+    @cached_property
+    def ends_e(self) -> Tensor:
+        """Where the rows of each end."""
+        return self.rows_per_expert_e.cumsum(0).to(torch.int32)
+
+    @cached_property
+    def counts(self) -> list[int]:
+        """On the host."""
+        return self.rows_per_expert_e.tolist()
+
+
+def grouped_product(x_MI: Tensor, w_eIO: Tensor, groups: RowGroups) -> Tensor:
+    """Each expert's rows times its matrix: (M, in) and (e, in, out) -> (M, out), in the dtype of autocast if it is
+    on."""
+    x_MI, w_eIO = cast_to_autocast(x_MI), cast_to_autocast(w_eIO)
+    with without_autocast(x_MI):
+        return _grouped_product(x_MI, w_eIO, groups)
+
+
+def _grouped_product(x_MI: Tensor, w_eIO: Tensor, groups: RowGroups) -> Tensor:
+    if _grouped_mm_runs(x_MI, w_eIO):
+        if x_MI.stride() != (x_MI.shape[1], 1):  # it wants strides of 16 bytes, of a single row too
+            x_MI = x_MI.clone(memory_format=torch.contiguous_format)
+        y_MO = F.grouped_mm(x_MI, w_eIO, offs=groups.ends_e)
+        if y_MO.requires_grad:
+            y_MO.register_hook(Tensor.contiguous)  # its backward refuses an expanded gradient, e.g. that of sum()
+        return y_MO
+    return _product_by_expert(x_MI, w_eIO, groups.counts)
+
+
+def _grouped_mm_runs(x_MI: Tensor, w_eIO: Tensor) -> bool:
+    """grouped_mm needs some rows, low precision (on CPU also float32) and widths that are a multiple of 16 bytes."""
+    dtypes = (torch.bfloat16, torch.float16, torch.float32) if x_MI.device.type == "cpu" else (torch.bfloat16,)
+    widths = (w_eIO.shape[1] * w_eIO.itemsize, w_eIO.shape[2] * w_eIO.itemsize)
+    fits = x_MI.dtype == w_eIO.dtype and x_MI.dtype in dtypes and not any(width % 16 for width in widths)
+    return fits and len(x_MI) > 0 and len(w_eIO) > 0
+
+
+def _product_by_expert(x_MI: Tensor, w_eIO: Tensor, counts: list[int]) -> Tensor:
+    if not len(w_eIO):
+        return x_MI @ w_eIO.sum(0)  # no experts, so no rows of any: a product that keeps both in the graph
+    *x_of_expert, unused_mI = x_MI.split([*counts, len(x_MI) - sum(counts)])
+    products = [x_mI @ w_IO for x_mI, w_IO in zip(x_of_expert, w_eIO.unbind(0), strict=True)]
+    return torch.cat([*products, unused_mI.new_zeros(len(unused_mI), w_eIO.shape[2])])
+
+
+class SwiGLU(nn.Module):
+    """``down(silu(gate(x)) * up(x))`` without biases: the dense feed-forward layer, and the shared experts as one."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(dim, hidden, bias=False)
+        self.up = nn.Linear(dim, hidden, bias=False)
+        self.down = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x_BlD: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        return self.down(F.silu(self.gate(x_BlD)) * self.up(x_BlD))

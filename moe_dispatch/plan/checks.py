@@ -1,0 +1,77 @@
+"""What can be wrong with the arguments of a plan, and the status word that tells the peers."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..layout.partition import Partition
+from ..layout.sharding import TokenSharding
+from ..wire.agreement import BAD
+from ..wire.exchange import check_group
+
+# Ids travel as one byte or as int16 (gloo carries both as bytes).
+MOST_EXPERTS = 32766
+
+
+def check_plan(dim: int, sharding: TokenSharding, experts: Partition, group: dist.ProcessGroup) -> None:
+    """Facts that every rank can see: ValueError on all of them, before any collective."""
+    check_group(group, sharding.num_ranks, "the token sharding")
+    check_group(group, len(experts), "the partition of experts")
+    if not isinstance(dim, int) or dim < 1:
+        raise ValueError(
+            f"dim is {dim!r}; it is the width of the rows to move, an int of at least 1, e.g. x_BlD.shape[-1]"
+        )
+    if not 1 <= experts.total <= MOST_EXPERTS:
+        raise ValueError(f"{experts.total} experts; a group can have 1 to {MOST_EXPERTS}")
+
+
+def problem_of_arguments(expert_BlK: Tensor, weight_BlK: Tensor | None, sharding: TokenSharding, rank: int) -> str:
+    """What is wrong with this rank's tensors, without a look at their values; empty where nothing is."""
+    return _problem_of_ids(expert_BlK, sharding, rank) or _problem_of_weights(expert_BlK, weight_BlK)
+
+
+def status_word(wanted_tK: Tensor, id_tK: Tensor, weight_BlK: Tensor | None, expected: int) -> Tensor:
+    """() int64: ``expected``, or BAD. Made on the device, so that a bad value costs no host sync of its own."""
+    bad_tK = wanted_tK != id_tK
+    if weight_BlK is not None:
+        bad_tK = bad_tK.logical_or_(weight_BlK.isnan().flatten(0, 1))
+    return torch.full((), expected, device=id_tK.device).masked_fill_(bad_tK.any(), BAD)
+
+
+def problem_of_values(expert_BlK: Tensor, weight_BlK: Tensor | None, experts: Partition) -> str:
+    """The first value at fault; reads the device, so only once it is known that there is one."""
+    expert_tK = expert_BlK.flatten(0, 1)
+    outside_tK = (expert_tK < -1) | (expert_tK >= experts.total)
+    for token, choice in outside_tK.nonzero()[:1].tolist():
+        return (
+            f"expert id {int(expert_tK[token, choice])} at local token {token}, choice {choice}; ids are 0 to "
+            f"{experts.total - 1}, or -1 for no expert"
+        )
+    nan_tK = torch.zeros_like(outside_tK) if weight_BlK is None else weight_BlK.flatten(0, 1).isnan()
+    token, choice = nan_tK.nonzero()[0].tolist()
+    return f"the weight at local token {token}, choice {choice} is NaN; look for NaN or Inf in the router's input"
+
+
+def _problem_of_ids(expert_BlK: Tensor, sharding: TokenSharding, rank: int) -> str:
+    if not isinstance(expert_BlK, Tensor) or expert_BlK.dtype != torch.int64:
+        got = expert_BlK.dtype if isinstance(expert_BlK, Tensor) else type(expert_BlK)
+        return f"expert ids are {got}; they have to be a torch.int64 tensor, e.g. scores.topk(K).indices"
+    if expert_BlK.ndim != 3 or tuple(expert_BlK.shape[:2]) != sharding.local_shape(rank) or not expert_BlK.shape[2]:
+        return (
+            f"expert ids of shape {tuple(expert_BlK.shape)}; its shard in order {sharding.order!r} is "
+            f"{sharding.local_shape(rank)}, so they have to be {(*sharding.local_shape(rank), 'K')} with K >= 1"
+        )
+    return ""
+
+
+def _problem_of_weights(expert_BlK: Tensor, weight_BlK: Tensor | None) -> str:
+    if weight_BlK is None:
+        return ""
+    if not isinstance(weight_BlK, Tensor):
+        return f"weights are {type(weight_BlK)}; they have to be a floating-point tensor, one for each choice"
+    if weight_BlK.shape == expert_BlK.shape and weight_BlK.is_floating_point():
+        return ""
+    return (
+        f"weights of shape {tuple(weight_BlK.shape)} and dtype {weight_BlK.dtype} for ids of shape "
+        f"{tuple(expert_BlK.shape)}; each choice needs one floating-point weight"
+    )

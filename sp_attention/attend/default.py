@@ -1,0 +1,170 @@
+"""The default ``attend``: scaled_dot_product_attention with every option that one rank has."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from moe_dispatch.wire.autocast import cast_to_autocast, without_autocast
+
+from .dropout import Dropout
+
+CPU_ALIGNMENT_BYTES = 64
+
+
+def scaled_dot_product(
+    q_BLnH: Tensor,
+    k_BLgH: Tensor,
+    v_BLgH: Tensor,
+    *,
+    is_causal: bool = False,
+    window: tuple[int, int] | None = None,
+    scale: float | None = None,
+    attn_mask: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    sinks_n: Tensor | None = None,
+    dropout: Dropout | None = None,
+) -> Tensor:
+    """Attention on whole sequences, batch first.
+
+    Args:
+        q_BLnH: (B, Lq, n, H).
+        k_BLgH, v_BLgH: (B, Lk, g, H) and (B, Lk, g, Hv); g divides n.
+        is_causal: aligned to the end: the last query sees every key.
+        window: (left, right) keys before and after the query's own place, -1 for any; aligned as ``is_causal``.
+        scale: of the products, default H ** -0.5.
+        attn_mask: broadcasts to (B, n, Lq, Lk); bool (True attends), or added to the products.
+        key_padding_mask: (B, Lk), True attends. Keys and values elsewhere may hold anything, NaN too.
+        sinks_n: (n,) a logit per head that takes weight and has no value.
+        dropout: of the weights.
+
+    Returns:
+        (B, Lq, n, Hv), in the dtype of autocast where that is on. A query with nothing to attend to gives 0.
+    """
+    q_BLnH, k_BLgH, v_BLgH = (cast_to_autocast(x) for x in (q_BLnH, k_BLgH, v_BLgH))
+    if key_padding_mask is not None:
+        away_BL11 = ~key_padding_mask[:, :, None, None]
+        k_BLgH, v_BLgH = k_BLgH.masked_fill(away_BL11, 0.0), v_BLgH.masked_fill(away_BL11, 0.0)
+    factor = q_BLnH.shape[3] ** -0.5 if scale is None else scale  # before the width is padded
+    q_BnLH, k_BgLH, v_BgLH = (_heads_first(x) for x in (q_BLnH, k_BLgH, v_BLgH))
+    lengths = (q_BnLH.shape[2], k_BgLH.shape[2])
+    square_causal = is_causal and lengths[0] == lengths[1] and window is None
+    plain = attn_mask is None and key_padding_mask is None and sinks_n is None and dropout is None
+    if plain and (square_causal or (not is_causal and window is None)):
+        out_BnLH = F.scaled_dot_product_attention(
+            q_BnLH, k_BgLH, v_BgLH, is_causal=is_causal, scale=factor, enable_gqa=True
+        )
+        return _tokens_first(out_BnLH, v_BLgH.shape[3])
+    mask = Mask.of(lengths, is_causal, window, attn_mask, key_padding_mask, q_BLnH)
+    if sinks_n is None and dropout is None:
+        out_BnLH = F.scaled_dot_product_attention(
+            q_BnLH, k_BgLH, v_BgLH, attn_mask=mask.values, scale=factor, enable_gqa=True
+        )
+    else:
+        with without_autocast(q_BnLH):
+            out_BnLH = _softmax_by_hand(q_BnLH, k_BgLH, v_BgLH, mask, factor, sinks_n, dropout)
+    return _tokens_first(out_BnLH.masked_fill(mask.closed, 0.0), v_BLgH.shape[3])
+
+
+def _heads_first(x_BLnH: Tensor) -> Tensor:
+    """(B, n, L, H), on CPU with zeros up to a whole number of 64 bytes.
+
+    A CPU kernel's last bit depends on strides and alignment, so on the number of heads beside this one. Zeros change
+    no product, and with them a head is the same bits on any number of ranks.
+    """
+    x_BnLH = rearrange(x_BLnH, "b l n h -> b n l h")
+    if x_BnLH.device.type != "cpu":
+        return x_BnLH
+    return F.pad(x_BnLH.contiguous(), (0, -x_BnLH.shape[3] % (CPU_ALIGNMENT_BYTES // x_BnLH.itemsize)))
+
+
+def _tokens_first(out_BnLH: Tensor, width: int) -> Tensor:
+    return rearrange(out_BnLH[..., :width], "b n l h -> b l n h")
+
+
+@dataclass(frozen=True, slots=True)
+class Mask:
+    """What may attend to what.
+
+    Attributes:
+        values: broadcasts to (B, n, Lq, Lk); bool, or added to the products. A row with no key has all of them, so
+            that no softmax is over nothing.
+        closed: broadcasts to (B, n, Lq, 1), those rows.
+    """
+
+    values: Tensor
+    closed: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        lengths: tuple[int, int],
+        is_causal: bool,
+        window: tuple[int, int] | None,
+        attn_mask: Tensor | None,
+        key_padding_mask: Tensor | None,
+        like: Tensor,
+    ) -> "Mask":
+        allowed = allowed_by_place(lengths, is_causal, window, like.device)[None, None]
+        if key_padding_mask is not None:
+            allowed = allowed & key_padding_mask[:, None, None, :]
+        if attn_mask is None or attn_mask.dtype == torch.bool:
+            values = allowed if attn_mask is None else allowed & attn_mask
+            closed = ~values.any(-1, keepdim=True)
+            return cls(values | closed, closed)
+        # Cast first: the lowest float32, a usual way to say "no", is -inf in bfloat16.
+        attn_mask = attn_mask.to(like.dtype)
+        allowed = allowed & (attn_mask > -torch.inf)
+        closed = ~allowed.any(-1, keepdim=True)
+        values = attn_mask.masked_fill(~allowed, -torch.inf).masked_fill(closed, 0.0)
+        return cls(values, closed)
+
+
+def allowed_by_place(
+    lengths: tuple[int, int], is_causal: bool, window: tuple[int, int] | None, device: torch.device
+) -> Tensor:
+    """(Lq, Lk) bool: causal and window, with the last query at the place of the last key."""
+    queries, keys = lengths
+    distance = torch.arange(keys, device=device) - torch.arange(keys - queries, keys, device=device)[:, None]
+    left, right = window if window is not None else (-1, -1)
+    right = 0 if is_causal else right
+    allowed = torch.ones_like(distance, dtype=torch.bool)
+    if left >= 0:
+        allowed &= distance >= -left
+    if right >= 0:
+        allowed &= distance <= right
+    return allowed
+
+
+def _softmax_by_hand(
+    q_BnLH: Tensor,
+    k_BgLH: Tensor,
+    v_BgLH: Tensor,
+    mask: Mask,
+    scale: float,
+    sinks_n: Tensor | None,
+    dropout: Dropout | None,
+) -> Tensor:
+    """What scaled_dot_product_attention has no argument for; products and softmax in float32 (float64 for float64).
+
+    The sink is one key more, whose value is 0; without sinks it is masked. So there are always two keys or more: with
+    one, a CPU product over a single head takes another kernel, and another last bit, than over several.
+    """
+    dtype = torch.promote_types(q_BnLH.dtype, torch.float32)
+    heads = q_BnLH.shape[1]
+    k_BnLH, v_BnLH = (
+        F.pad(x.repeat_interleave(heads // x.shape[1], dim=1).to(dtype), (0, 0, 0, 1)) for x in (k_BgLH, v_BgLH)
+    )
+    products_BnLL = (q_BnLH.to(dtype) @ k_BnLH.mT * scale)[..., :-1]
+    if mask.values.dtype == torch.bool:
+        products_BnLL = products_BnLL.masked_fill(~mask.values, -torch.inf)
+    else:
+        products_BnLL = products_BnLL + mask.values.to(dtype)
+    sinks_n = q_BnLH.new_full((heads,), -torch.inf) if sinks_n is None else sinks_n
+    sinks_BnL1 = sinks_n.to(dtype)[None, :, None, None].expand(*products_BnLL.shape[:3], 1)
+    weights_BnLL = torch.cat([products_BnLL, sinks_BnL1], dim=-1).softmax(-1)
+    if dropout is not None:
+        weights_BnLL = dropout.apply(weights_BnLL)
+    return (weights_BnLL @ v_BnLH).to(q_BnLH.dtype)

@@ -1,0 +1,135 @@
+"""An ``attend`` of torch's FlexAttention: biases, soft caps and masks as functions of (batch, head, query, key)."""
+
+from collections.abc import Callable
+
+import torch
+from einops import rearrange
+from torch import Tensor
+from torch.nn.attention.flex_attention import and_masks, create_block_mask, flex_attention
+
+from moe_dispatch.wire.autocast import without_autocast
+
+ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+Grid = tuple[int, int, int, int]  # batch, heads at hand, queries, keys
+
+
+def flex_attend(
+    *,
+    score_mod: ScoreMod | None = None,
+    mask_mod: MaskMod | None = None,
+    attention: Callable[..., Tensor] = flex_attention,
+) -> Callable[..., Tensor]:
+    """Make an ``attend`` for :func:`ulysses_attention`.
+
+    It honours ``is_causal``, ``window``, ``scale``, ``key_padding_mask`` and ``attn_mask``. It has no sinks and no
+    dropout, so a call with them is refused. A query with nothing to attend to gives 0.
+
+    Args:
+        score_mod: ``score_mod(score, batch, head, query, key) -> score``, e.g. ``score + bias_N[head] * (key -
+            query)`` or ``50 * tanh(score / 50)``. The head is the global one, whichever rank computes it. Query and
+            key count from the start of the sequence (of the document, where there are documents).
+        mask_mod: ``mask_mod(batch, head, query, key) -> bool``, True attends, together with the masks of the call.
+        attention: ``flex_attention`` of ``torch.nn.attention.flex_attention``, or ``torch.compile`` of it: the fused
+            kernel on a GPU, where the uncompiled one warns and needs the memory of all products.
+
+    torch 2.13 has no backward of FlexAttention on the CPU. There, while autograd records, the same functions are
+    evaluated on whole (B, n, L, L_kv) tensors instead, which means the same for elementwise operations and indexing.
+    """
+
+    def attend(
+        q_BLnH: Tensor,
+        k_BLgH: Tensor,
+        v_BLgH: Tensor,
+        *,
+        is_causal: bool = False,
+        window: tuple[int, int] | None = None,
+        scale: float | None = None,
+        key_padding_mask: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        first_head: int = 0,
+    ) -> Tensor:
+        """See :func:`flex_attend`; ``first_head`` is the global number of the first head at hand."""
+        if key_padding_mask is not None:  # 0 * NaN is NaN
+            away_BL11 = ~key_padding_mask[:, :, None, None]
+            k_BLgH, v_BLgH = k_BLgH.masked_fill(away_BL11, 0.0), v_BLgH.masked_fill(away_BL11, 0.0)
+        q_BnLH, k_BgLH, v_BgLH = (rearrange(x, "b l n h -> b n l h") for x in (q_BLnH, k_BLgH, v_BLgH))
+        grid = (q_BnLH.shape[0], q_BnLH.shape[1], q_BnLH.shape[2], k_BgLH.shape[2])
+        masks = _masks_of_call(grid, is_causal, window, key_padding_mask, attn_mask)
+        if mask_mod is not None:
+            masks.append(_of_global_head(mask_mod, first_head))
+        mask, score = and_masks(*masks) if masks else None, _score(score_mod, first_head, attn_mask, grid)
+        if q_BLnH.device.type == "cpu" and torch.is_grad_enabled():
+            with without_autocast(q_BLnH):
+                out_BnLH = _attend_on_whole_tensors(q_BnLH, k_BgLH, v_BgLH, score, mask, scale)
+        else:
+            whole = grid[2:]  # evaluated as a whole: for each batch row and head only where they differ
+            per_row = grid[0] if key_padding_mask is not None or attn_mask is not None or mask_mod else None
+            per_head = grid[1] if attn_mask is not None or mask_mod else None
+            sizes = (per_row, per_head, *whole)
+            block_mask = None if mask is None else create_block_mask(mask, *sizes, device=q_BLnH.device)
+            out_BnLH = attention(
+                q_BnLH, k_BgLH, v_BgLH, score_mod=score, block_mask=block_mask, scale=scale, enable_gqa=True
+            )
+        return rearrange(out_BnLH, "b n l h -> b l n h")
+
+    return attend
+
+
+def _masks_of_call(
+    grid: Grid,
+    is_causal: bool,
+    window: tuple[int, int] | None,
+    key_padding_mask: Tensor | None,
+    attn_mask: Tensor | None,
+) -> list[MaskMod]:
+    masks: list[MaskMod] = []
+    _, _, queries, keys = grid
+    left, right = window if window is not None else (-1, -1)
+    right = 0 if is_causal else right
+    if left >= 0:
+        furthest = keys - queries - left
+        masks.append(lambda b, h, q, k: k - q >= furthest)
+    if right >= 0:
+        last = keys - queries + right
+        masks.append(lambda b, h, q, k: k - q <= last)
+    if key_padding_mask is not None:
+        masks.append(lambda b, h, q, k: key_padding_mask[b, k])
+    if attn_mask is not None:
+        allowed_BnLL = (attn_mask if attn_mask.dtype == torch.bool else attn_mask > -torch.inf).expand(grid)
+        masks.append(lambda b, h, q, k: allowed_BnLL[b, h, q, k])
+    return masks
+
+
+def _of_global_head(mask_mod: MaskMod, first_head: int) -> MaskMod:
+    return lambda b, h, q, k: mask_mod(b, h + first_head, q, k)
+
+
+def _score(score_mod: ScoreMod | None, first_head: int, attn_mask: Tensor | None, grid: Grid) -> ScoreMod:
+    """``score_mod`` of global heads, then the float mask."""
+    is_bias = attn_mask is not None and attn_mask.is_floating_point()
+    bias_BnLL = attn_mask.expand(grid) if attn_mask is not None and is_bias else None
+
+    def score(s: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        s = s if score_mod is None else score_mod(s, b, h + first_head, q, k)
+        return s if bias_BnLL is None else s + bias_BnLL[b, h, q, k]
+
+    return score
+
+
+def _attend_on_whole_tensors(
+    q_BnLH: Tensor, k_BgLH: Tensor, v_BgLH: Tensor, score: ScoreMod, mask: MaskMod | None, scale: float | None
+) -> Tensor:
+    """What flex_attention computes, with a gradient on any device; in float32, or float64 for float64."""
+    dtype = torch.promote_types(q_BnLH.dtype, torch.float32)
+    heads = q_BnLH.shape[1]
+    k_BnLH, v_BnLH = (x.to(dtype).repeat_interleave(heads // x.shape[1], dim=1) for x in (k_BgLH, v_BgLH))
+    product_BnLL = q_BnLH.to(dtype) @ k_BnLH.mT * (q_BnLH.shape[3] ** -0.5 if scale is None else scale)
+    sizes = product_BnLL.shape
+    index = [torch.arange(size, device=q_BnLH.device).view(-1, *(1,) * (3 - dim)) for dim, size in enumerate(sizes)]
+    product_BnLL = score(product_BnLL, *index).to(dtype)
+    if mask is not None:
+        product_BnLL = product_BnLL.masked_fill(~mask(*index), -torch.inf)
+    closed_BnL1 = (product_BnLL == -torch.inf).all(-1, keepdim=True)
+    weight_BnLL = product_BnLL.masked_fill(closed_BnL1, 0.0).softmax(-1).masked_fill(closed_BnL1, 0.0)
+    return (weight_BnLL @ v_BnLH).to(q_BnLH.dtype)

@@ -1,0 +1,212 @@
+"""Cut a batch over ranks that are sure to mean the same batch.
+
+Everything about a token is cut once, by one sharding. What attention needs of the whole sequence, masks and
+documents, stays whole.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moe_dispatch import TokenSharding, agree, check_group, digest
+
+from ..attend.documents import Documents
+from ..attend.dropout import mix
+from .batch import Batch, ShardedBatch
+from .labels import Masks, document_of_place, documents_of, is_integer, place_in_document, shift_labels
+
+TENSORS = (
+    "token_BL",
+    "target_BL",
+    "loss_mask_BL",
+    "position_BL",
+    "attention_mask",
+    "cu_seqlens",
+    "cu_seqlens_padded",
+)
+LONGEST_FACT = 100  # characters: then the facts of all fit in one sentence between ranks
+
+
+def shard_batch(batch: Batch, *, sharding: TokenSharding, group: dist.ProcessGroup) -> ShardedBatch:
+    """This rank's part of a batch. One exchange of 8 bytes per pair of ranks makes sure that all of them cut the same
+    batch in the same way; so nothing needs to be asked per layer.
+
+    Args:
+        batch: the same on every rank of ``group``, on a device that the group communicates on.
+        sharding: which tokens each rank of ``group`` holds; its batch is not cut.
+        group: the sequence-parallel process group.
+
+    Raises:
+        ValueError: the same text on every rank, naming the ranks: a batch that is wrong on one of them, or ranks that
+            differ in sharding, tokens, targets, positions, padding, documents, ``ignore_index`` or the shape of a
+            mask.
+    """
+    check_group(group, group.size() if isinstance(group, dist.ProcessGroup) else 0, "the batch")
+    facts, problem, sharded, cause = "", "", None, None
+    try:
+        _check_types(batch, sharding)
+        check_group(group, sharding.num_ranks, "the token sharding")
+        whole = Whole.of(batch, sharding)
+        facts = whole.facts(sharding, batch.ignore_index)
+        sharded = whole.part(batch, sharding, group.rank())
+    except ValueError as error:
+        problem = str(error)
+    except Exception as error:  # whatever it is, the peers wait for a word about it
+        problem, cause = f"shard_batch raised {type(error).__name__}: {error}", error
+    try:
+        agree(facts, problem=problem, device=_device_of(batch), group=group)
+    except ValueError as told:
+        raise told from cause
+    assert sharded is not None  # there was no problem
+    return sharded
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Whole:
+    """A batch with what follows from it.
+
+    Attributes:
+        token_BL, position_BL: as in the batch.
+        target_BL: (B, L) int64, ``ignore_index`` at padding and where the loss mask says so.
+        real_BL: (B, L) bool, False at padding.
+        masks, documents: what attention needs.
+    """
+
+    token_BL: Tensor
+    target_BL: Tensor
+    position_BL: Tensor | None
+    real_BL: Tensor
+    masks: Masks
+    documents: Documents | None
+
+    @classmethod
+    def of(cls, batch: Batch, sharding: TokenSharding) -> "Whole":
+        """Complete the batch, or raise ValueError for what is wrong with it."""
+        shape = (sharding.batch.total, sharding.seq.total)
+        _check_sharding(sharding)
+        _check_fields(batch, shape)
+        masks = Masks.of(batch.attention_mask, shape)
+        documents = documents_of(batch.cu_seqlens, batch.cu_seqlens_padded, shape)
+        real_BL = (document_of_place(shape, masks, documents) >= 0).to(batch.token_BL.device)
+        target_BL = batch.target_BL
+        if target_BL is None:
+            target_BL = shift_labels(
+                batch.token_BL,
+                attention_mask=batch.attention_mask,
+                cu_seqlens=batch.cu_seqlens,
+                cu_seqlens_padded=batch.cu_seqlens_padded,
+                ignore_index=batch.ignore_index,
+            )
+        counts_BL = real_BL if batch.loss_mask_BL is None else real_BL & batch.loss_mask_BL.bool()
+        return cls(
+            token_BL=batch.token_BL,
+            target_BL=target_BL.to(torch.int64).masked_fill(~counts_BL, batch.ignore_index),
+            position_BL=batch.position_BL,
+            real_BL=real_BL,
+            masks=masks,
+            documents=documents,
+        )
+
+    def facts(self, sharding: TokenSharding, ignore_index: int) -> str:
+        """What the ranks have to agree about, in few words."""
+        mask = self.masks.attn_mask
+        facts = {
+            "sharding": f"batch {sharding.batch.sizes}, seq {sharding.seq.sizes}, order {sharding.order!r}, "
+            f"ranks {sharding.rectangles}",
+            "tokens": fingerprint(self.token_BL),
+            "targets": fingerprint(self.target_BL),
+            "ignore_index": f"{ignore_index}",
+            "positions": "default" if self.position_BL is None else fingerprint(self.position_BL),
+            "real": fingerprint(self.real_BL),
+            "attn_mask": "none" if mask is None else f"{tuple(mask.shape)} of {mask.dtype}",
+            "documents": "none" if self.documents is None else f"{self.documents.ends} at {self.documents.starts}",
+        }
+        return "; ".join(f"{name} {shortened(value)}" for name, value in facts.items())
+
+    def part(self, batch: Batch, sharding: TokenSharding, rank: int) -> ShardedBatch:
+        """What of it is ``rank``'s."""
+        if self.position_BL is None:
+            place_L = place_in_document(sharding.seq.total, self.documents).to(self.token_BL.device)
+            place_t = place_L[sharding.positions(rank, self.token_BL.device)]
+            position_Bl = place_t.view(sharding.local_shape(rank))
+        else:
+            position_Bl = cut(self.position_BL, sharding, rank)
+        return ShardedBatch(
+            token_Bl=cut(self.token_BL, sharding, rank),
+            target_Bl=cut(self.target_BL, sharding, rank),
+            position_Bl=position_Bl,
+            real_Bl=cut(self.real_BL, sharding, rank),
+            key_padding_mask=self.masks.key_padding_mask,
+            attn_mask=self.masks.attn_mask,
+            cu_seqlens=batch.cu_seqlens,
+            cu_seqlens_padded=batch.cu_seqlens_padded,
+            ignore_index=batch.ignore_index,
+            sharding=sharding,
+            rank=rank,
+        )
+
+
+def cut(x_BL: Tensor, sharding: TokenSharding, rank: int) -> Tensor:
+    """(..., B, L) -> this rank's (..., B, l), or (..., l, B) for order "LB"; a view."""
+    x_BL = x_BL if sharding.order == "BL" else x_BL.transpose(-1, -2)
+    return sharding.shard(x_BL.movedim((-2, -1), (0, 1)), rank).movedim((0, 1), (-2, -1))
+
+
+def fingerprint(x: Tensor) -> str:
+    """Shape, and a number that differs (but for one case in 2**32) where ints or bools differ in value or place."""
+    value = x.flatten().to(torch.int64)
+    place = torch.arange(len(value), device=x.device)
+    return f"{tuple(x.shape)} {int(mix(value ^ mix(place)).sum()) & 0xFFFFFFFF:08x}"
+
+
+def shortened(text: str) -> str:
+    """Text that differs where ``text`` differs, at a bounded length."""
+    return text if len(text) <= LONGEST_FACT else f"{text[: LONGEST_FACT - 12]}... {digest(text):08x}"
+
+
+def _check_types(batch: Batch, sharding: TokenSharding) -> None:
+    for name, value, kind in (("batch", batch, Batch), ("sharding", sharding, TokenSharding)):
+        if not isinstance(value, kind):
+            raise ValueError(f"{name} is {type(value).__name__}; it has to be a {kind.__name__}")
+    for name in TENSORS:
+        value = getattr(batch, name)
+        if not isinstance(value, Tensor) and (value is not None or name == "token_BL"):
+            raise ValueError(f"{name} is {type(value).__name__}; it has to be a tensor")
+    if not isinstance(batch.ignore_index, int):
+        raise ValueError(f"ignore_index is {batch.ignore_index!r}; it has to be an int")
+
+
+def _device_of(batch: Batch) -> torch.device:
+    """Where the batch is; the CPU where it holds no tensor."""
+    fields = (getattr(batch, name, None) for name in TENSORS)
+    return next((x.device for x in fields if isinstance(x, Tensor)), torch.device("cpu"))
+
+
+def _check_sharding(sharding: TokenSharding) -> None:
+    if len(sharding.batch) != 1:
+        raise ValueError(
+            f"the batch is cut into {sharding.batch.sizes}, but masks and documents are those of whole rows; "
+            "describe the one row of the mesh that this group is: batch=<its rows>, an int"
+        )
+    sharding.check_whole("shard_batch")
+
+
+def _check_fields(batch: Batch, shape: tuple[int, int]) -> None:
+    names = ("token_BL", "target_BL", "loss_mask_BL", "position_BL")
+    fields = {name: x for name in names if (x := getattr(batch, name)) is not None}
+    for name, x in fields.items():
+        dims = (2, 3) if name == "position_BL" else (2,)
+        if x.ndim not in dims or tuple(x.shape[-2:]) != shape:
+            raise ValueError(
+                f"{name} is {tuple(x.shape)}; it has to be (B, L) = {shape}, batch first for either order"
+                + ", or that after a first dimension" * (name == "position_BL")
+            )
+        if name != "loss_mask_BL" and not is_integer(x):
+            raise ValueError(f"{name} is {x.dtype}; it has to be ints")
+        if x.device != batch.token_BL.device:
+            raise ValueError(f"{name} is on {x.device}, but token_BL on {batch.token_BL.device}; move it there")
+    mask = batch.loss_mask_BL
+    if mask is not None and not bool(((mask == 0) | (mask == 1)).all()):
+        raise ValueError("loss_mask_BL holds more than 0 and 1; weigh losses per token and pass them to mean_loss")

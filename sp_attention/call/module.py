@@ -1,0 +1,77 @@
+"""Ulysses attention as a module."""
+
+from typing import Any, Self
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from moe_dispatch import Partition, TokenSharding
+from moe_dispatch.wire.group_copy import copy_in_group
+
+from .ulysses import Attend, ulysses_attention
+
+
+class UlyssesAttention(nn.Module):
+    """:func:`ulysses_attention` with the choices that do not change from call to call. It has no parameters and no
+    state but those of an ``attend`` that is a module. A deep copy is in the same process group.
+
+    Args:
+        group, heads, attend, is_causal, window, scale, dropout_p: see there. Dropout is off in eval mode.
+    """
+
+    def __init__(
+        self,
+        *,
+        group: dist.ProcessGroup,
+        heads: Partition | None = None,
+        attend: Attend | None = None,
+        is_causal: bool = False,
+        window: tuple[int, int] | None = None,
+        scale: float | None = None,
+        dropout_p: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.group, self.heads, self.attend = group, heads, attend
+        self.is_causal, self.window, self.scale, self.dropout_p = is_causal, window, scale, dropout_p
+
+    def forward(
+        self,
+        q_BlNH: Tensor,
+        k_BlGH: Tensor,
+        v_BlGH: Tensor,
+        *,
+        sharding: TokenSharding,
+        kv_sharding: TokenSharding | None = None,
+        attn_mask: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        cu_seqlens_padded: Tensor | None = None,
+        sinks_N: Tensor | None = None,
+    ) -> Tensor:
+        """(B, l, N, Hv) of (B, l, N, H), (B, l, G, H) and (B, l, G, Hv), or (l, B, ...): arguments and errors of
+        :func:`ulysses_attention`."""
+        return ulysses_attention(
+            q_BlNH,
+            k_BlGH,
+            v_BlGH,
+            sharding=sharding,
+            group=self.group,
+            kv_sharding=kv_sharding,
+            heads=self.heads,
+            attend=self.attend,
+            is_causal=self.is_causal,
+            window=self.window,
+            scale=self.scale,
+            attn_mask=attn_mask,
+            key_padding_mask=key_padding_mask,
+            cu_seqlens=cu_seqlens,
+            cu_seqlens_padded=cu_seqlens_padded,
+            dropout_p=self.dropout_p if self.training else 0.0,
+            sinks_N=sinks_N,
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return copy_in_group(self, memo)
+
+    def extra_repr(self) -> str:
+        return f"is_causal={self.is_causal}, window={self.window}, scale={self.scale}, dropout_p={self.dropout_p}"

@@ -1,0 +1,166 @@
+"""One call of the attention: its tensors, and what is known of them before anything moves."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from operator import index
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moe_dispatch import Partition, TokenSharding
+from moe_dispatch.wire.autocast import cast_to_autocast
+
+from ..wire.exchange import Lane, check_sharding
+from ..wire.heads import GroupedHeads, heads_of_call
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Call:
+    """Queries, keys and values of this rank with their shardings.
+
+    Attributes:
+        q_BlNH, k_BlGH, v_BlGH: as the caller gave them, in the dtype of autocast where that is on.
+        sharding, kv_sharding: of queries, and of keys and values.
+        heads: query and key/value heads over ranks.
+        problem_of_heads: what is wrong with the heads that the caller gave; empty where nothing is.
+        group, rank: the sequence-parallel group, and this rank in it.
+    """
+
+    q_BlNH: Tensor
+    k_BlGH: Tensor
+    v_BlGH: Tensor
+    sharding: TokenSharding
+    kv_sharding: TokenSharding
+    heads: GroupedHeads
+    problem_of_heads: str
+    group: dist.ProcessGroup
+    rank: int
+
+    @classmethod
+    def of(
+        cls,
+        q_BlNH: Tensor,
+        k_BlGH: Tensor,
+        v_BlGH: Tensor,
+        sharding: TokenSharding,
+        kv_sharding: TokenSharding | None,
+        heads: Partition | None,
+        group: dist.ProcessGroup,
+    ) -> "Call":
+        """Check what no status word could tell: it says how much this rank has to send.
+
+        Raises:
+            ValueError: dimensions, head counts, shardings or a group that cannot be. Before any collective.
+        """
+        for name, x in (("q", q_BlNH), ("k", k_BlGH), ("v", v_BlGH)):
+            if not isinstance(x, Tensor) or x.ndim != 4:
+                got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+                raise ValueError(f"{name} is {got}; it has to be (B, l, heads, width), or (l, B, heads, width)")
+        if not q_BlNH.shape[3] and not k_BlGH.shape[3]:
+            raise ValueError("q and k have width 0, so there are no products; each head needs a width of at least 1")
+        kv_sharding = sharding if kv_sharding is None else kv_sharding
+        for lane_sharding in (sharding, kv_sharding):
+            check_sharding(lane_sharding, group)
+        if kv_sharding.order != sharding.order or kv_sharding.batch.total != sharding.batch.total:
+            raise ValueError(
+                f"queries are {sharding}, keys and values {kv_sharding}; they may differ in the sequence only, not "
+                "in the batch or the order"
+            )
+        num_kv = k_BlGH.shape[2], v_BlGH.shape[2]
+        grouped, problem_of_heads = heads_of_call(q_BlNH.shape[2], num_kv, heads, group.size())
+        q_BlNH, k_BlGH, v_BlGH = (cast_to_autocast(x) for x in (q_BlNH, k_BlGH, v_BlGH))
+        return cls(
+            q_BlNH=q_BlNH,
+            k_BlGH=k_BlGH,
+            v_BlGH=v_BlGH,
+            sharding=sharding,
+            kv_sharding=kv_sharding,
+            heads=grouped,
+            problem_of_heads=problem_of_heads,
+            group=group,
+            rank=group.rank(),
+        )
+
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """(L, L_kv)."""
+        return self.sharding.seq.total, self.kv_sharding.seq.total
+
+    @property
+    def shapes(self) -> tuple[tuple[int, int, int, int], ...]:
+        """What q, k and v have to be on this rank, given the shardings, the head counts and the widths of q and v."""
+        width = self.q_BlNH.shape[3] or self.k_BlGH.shape[3]
+        kv_local = self.kv_sharding.local_shape(self.rank)
+        q_shape = (*self.sharding.local_shape(self.rank), self.heads.query.total, width)
+        k_shape = (*kv_local, self.heads.num_kv, width)
+        return q_shape, k_shape, (*kv_local, self.heads.num_kv, self.v_BlGH.shape[3])
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.q_BlNH, self.k_BlGH, self.v_BlGH
+
+    @property
+    def device(self) -> torch.device:
+        """Of most of q, k, v."""
+        return most([x.device for x in self.tensors])
+
+    @property
+    def lanes(self) -> tuple[Lane, Lane, Lane]:
+        """How q, k and v travel, k and v by the heads that each rank needs."""
+        kv = Lane(sharding=self.kv_sharding, heads=self.heads.kv_sent)
+        return Lane(sharding=self.sharding, heads=self.heads.query), kv, kv
+
+    @property
+    def facts(self) -> str:
+        """What the ranks have to agree about."""
+        q_shape, _, v_shape = self.shapes
+        return (
+            f"{self.q_BlNH.dtype}, widths {constants((q_shape[3], v_shape[3]))}, query heads "
+            f"{constants(self.heads.query.sizes)}, {index(self.heads.num_kv)} key/value heads, "
+            f"{index(self.sharding.batch.total)} rows of {constants(self.sharding.seq.sizes)} tokens, order "
+            f"{self.sharding.order}, shards {constants(self.sharding.rectangles)}, keys "
+            f"{constants(self.kv_sharding.seq.sizes)}, shards {constants(self.kv_sharding.rectangles)}"
+        )
+
+    @property
+    def problem(self) -> str:
+        """What is wrong with this rank's heads and tensors; empty where nothing is."""
+        num_key, num_value = self.k_BlGH.shape[2], self.v_BlGH.shape[2]
+        if num_key != num_value and all(num and not self.heads.query.total % num for num in (num_key, num_value)):
+            return f"k has {num_key} heads and v {num_value}; each key/value head has a key and a value: pass as many"
+        if self.problem_of_heads:
+            return self.problem_of_heads
+        for name, x, shape in zip("qkv", self.tensors, self.shapes, strict=True):
+            if tuple(x.shape) != shape:
+                return (
+                    f"{name} is {tuple(x.shape)}, but this rank's shard in order {self.sharding.order!r} is "
+                    f"{shape}; pass the tokens that the sharding gives this rank, with all heads of the partition"
+                )
+        dtypes = {x.dtype for x in self.tensors}
+        if len(dtypes) > 1 or not self.q_BlNH.is_floating_point():
+            return (
+                f"q, k, v are {', '.join(str(x.dtype) for x in self.tensors)}; cast them to one floating-point dtype"
+            )
+        if len({x.device for x in self.tensors}) > 1:
+            return f"q, k, v are on {', '.join(str(x.device) for x in self.tensors)}; move them to one device"
+        return ""
+
+    def stand_ins(self) -> tuple[Tensor, ...]:
+        """Zeros of the shapes, and the dtype of most of q, k, v, that the peers expect of a rank with a problem."""
+        dtype = most([x.dtype for x in self.tensors])
+        return tuple(torch.zeros(shape, dtype=dtype, device=self.device) for shape in self.shapes)
+
+
+def most(values: list[T]) -> T:
+    """The value that most are; the first of them where several are as many."""
+    return max(values, key=values.count)
+
+
+def constants(sizes: Iterable[int]) -> tuple[int, ...]:
+    """Sizes as numbers: while torch.compile traces they may be symbols, which have no digest. ``index`` makes each a
+    constant of the graph, so that other sizes are another graph."""
+    return tuple([index(size) for size in sizes])

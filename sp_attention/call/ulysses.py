@@ -1,0 +1,206 @@
+"""Ulysses attention: trade tokens for heads, attend on whole sequences, trade back.
+
+Source: DeepSpeed-Ulysses (arXiv:2309.14509). Two collectives forward (queries, keys and values travel together; the
+output back) and two backward.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils import checkpoint
+
+from moe_dispatch import Partition, TokenSharding
+
+from ..attend.default import scaled_dot_product
+from ..attend.documents import Documents, attend_documents, attend_or_zeros, zeros
+from .checks import problem_of
+from .options import facts_of, given_options, of_my_heads, problem_of_attend
+from .tensors import Call
+from .words import Failure, collect, spread
+
+Attend = Callable[..., Tensor]
+
+
+def ulysses_attention(
+    q_BlNH: Tensor,
+    k_BlGH: Tensor,
+    v_BlGH: Tensor,
+    *,
+    sharding: TokenSharding,
+    group: dist.ProcessGroup,
+    kv_sharding: TokenSharding | None = None,
+    heads: Partition | None = None,
+    attend: Attend | None = None,
+    is_causal: bool = False,
+    window: tuple[int, int] | None = None,
+    scale: float | None = None,
+    attn_mask: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_padded: Tensor | None = None,
+    dropout_p: float = 0.0,
+    sinks_N: Tensor | None = None,
+) -> Tensor:
+    """Attention of sequences that are spread over ranks, equal to attention on one rank.
+
+    Args:
+        q_BlNH: (B, l, N, H), or (l, B, N, H) for order "LB": this rank's queries, all heads.
+        k_BlGH, v_BlGH: (B, l, G, H) and (B, l, G, Hv); G divides N, and query head i uses key/value head i // (N /
+            G).
+        sharding: which tokens each rank of ``group`` holds; its batch is not cut.
+        group: the sequence-parallel process group.
+        kv_sharding: of keys and values, for cross-attention; the sharding of the queries if left out.
+        heads: query heads of each rank; ``Partition.balanced(N, ranks)`` if left out. A rank without heads takes
+            part.
+        attend: ``attend(q_BLnH, k_BLgH, v_BLgH, **options) -> out_BLnH`` on whole sequences (whole documents), batch
+            first, my heads; k and v have whole groups, or one head per query head where a group straddles ranks.
+            Options are those that were given; an ``attend`` without an argument of that name is refused. They are
+            ``is_causal``, ``window``, ``scale``, ``attn_mask`` (four dimensions, my heads), ``key_padding_mask``,
+            ``sinks_n`` (my heads) and ``dropout``, whose ``apply`` takes (B, n, L, L_kv) weights. One with an
+            argument ``first_head`` is told the global number of its first query head. :func:`scaled_dot_product` if
+            left out.
+        is_causal: aligned to the end where lengths differ: the last query sees every key.
+        window: (left, right), -1 for any, on places in the whole sequence (in the document).
+        scale: of the products; H ** -0.5 if left out.
+        attn_mask: broadcasts to (B, N, L, L_kv), the same on every rank: bool (True attends), or added to the
+            products. Each rank's gradient of a learned one has its own heads, so sum it over the ranks.
+        key_padding_mask: (B, L_kv) bool, the same on every rank, True attends.
+        cu_seqlens: (documents + 1,) ints, for B = 1: document i has ``diff(cu_seqlens)[i]`` real tokens and attends
+            within itself. Pass it on the CPU: it is read there.
+        cu_seqlens_padded: (documents + 1,) where each document starts in the packed sequence; ``cu_seqlens`` if left
+            out. What lies between documents and after the last is padding: it is never a key, and its outputs and
+            gradients are 0, whatever it holds.
+        dropout_p: fraction of the weights dropped, in a pattern that does not depend on the number of ranks. The seed
+            comes from the random state of the group's first rank.
+        sinks_N: (N,) a learned logit per query head that takes weight and has no value; each rank's gradient has its
+            own heads, so sum it over the ranks.
+
+    Returns:
+        ``out_BlNH``: (B, l, N, Hv), or (l, B, N, Hv), of the dtype of the queries; under ``torch.autocast`` of its
+        dtype, to which q, k and v are cast before they travel (not float64). A query with nothing to attend to gives
+        0.
+
+    Under ``torch.compile`` lengths, heads and options are constants of the graph, so others compile anew (leave
+    ``dynamic`` alone, or False); documents are a graph break.
+
+    Raises:
+        ValueError: the same text on every rank, and the group stays usable. What one rank has wrong (a shape that is
+            not its shard, an option of a wrong type, other documents than its peers have) travels with the queries
+            and names the rank; so does, with the output, an ``attend`` that raises or gives another shape or dtype.
+            Raised before any collective is an option that ``attend`` does not take, and what leaves open how much a
+            rank has to send: tensors of another number of dimensions, head counts that fit nothing, a sharding or
+            group that cannot be.
+            On CUDA the peers of the rank that is wrong have a device assertion instead, and in compiled code all.
+    """
+    options = given_options(
+        is_causal=is_causal,
+        window=window,
+        scale=scale,
+        attn_mask=attn_mask,
+        key_padding_mask=key_padding_mask,
+        sinks_N=sinks_N,
+        dropout_p=dropout_p,
+    )
+    tensors, shardings = (q_BlNH, k_BlGH, v_BlGH), (sharding, kv_sharding)
+    attend = attend or scaled_dot_product
+    if cu_seqlens is None and cu_seqlens_padded is None:
+        call = Call.of(*tensors, *shardings, heads, group)
+        return _attend_over_ranks(call, attend, options)
+    return _attend_documents_over_ranks(
+        tensors, shardings, heads, group, attend, options, cu_seqlens, cu_seqlens_padded
+    )
+
+
+@torch.compiler.disable(reason="cu_seqlens are read: each batch of documents would be another graph")
+def _attend_documents_over_ranks(
+    tensors: tuple[Tensor, Tensor, Tensor],
+    shardings: tuple[TokenSharding, TokenSharding | None],
+    heads: Partition | None,
+    group: dist.ProcessGroup,
+    attend: Attend,
+    options: Mapping[str, Any],
+    cu_seqlens: Tensor | None,
+    cu_seqlens_padded: Tensor | None,
+) -> Tensor:
+    call = Call.of(*tensors, *shardings, heads, group)
+    documents, problem = Documents.read(cu_seqlens, cu_seqlens_padded, call.sharding.batch.total, call.lengths)
+    return _attend_over_ranks(call, attend, options, documents, problem)
+
+
+def _attend_over_ranks(
+    call: Call, attend: Attend, options: Mapping[str, Any], documents: Documents | None = None, problem: str = ""
+) -> Tensor:
+    """There, ``attend`` on what this rank got, and back.
+
+    Args:
+        problem: of the documents.
+    """
+    if refusal := problem_of_attend(attend, options):  # every rank has the same attend, and sees it
+        raise ValueError(refusal)
+    problem = call.problem or problem_of(options, call) or problem
+    facts = "" if problem else facts_of(call, options, documents)
+    on_device = {"dtype": torch.int64, "device": call.device}
+    draws = "dropout" in options
+    seed = torch.randint(torch.iinfo(torch.int64).max, (), **on_device) if draws else torch.zeros((), **on_device)
+    q_BLnH, k_BLgH, v_BLgH, seed = spread(call, facts, problem, seed)
+    if problem:  # in compiled code, where the graph has to be whole to raise when it runs
+        return collect(zeros(q_BLnH.shape[1], q_BLnH, v_BLgH), call, Failure(problem))
+    options = of_my_heads(options, seed, call)
+    if "first_head" in inspect.signature(attend).parameters:
+        options["first_head"] = call.heads.query.offsets[call.rank]
+    attend_whole = attend_or_zeros if documents is None else partial(attend_documents, documents=documents)
+    out_BLnH, failure = _attend_or_fail(partial(attend_whole, attend), q_BLnH, k_BLgH, v_BLgH, options)
+    return collect(_RecomputedSoFar.apply(out_BLnH), call, failure)  # type: ignore[arg-type]
+
+
+class _RecomputedSoFar(torch.autograd.Function):
+    """The identity; saves an empty tensor. A checkpoint recomputes on the ranks on which backward asks for something
+    saved, and as far as that: so it does on all of them, through the exchange there and not the one back, whatever
+    their ``attend`` saves."""
+
+    @staticmethod
+    def forward(ctx: Any, out_BLnH: Tensor) -> Tensor:
+        ctx.save_for_backward(out_BLnH.new_empty(0))
+        return out_BLnH.view_as(out_BLnH)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        _ = ctx.saved_tensors
+        return grads[0]
+
+
+def _attend_or_fail(
+    attend_whole: Attend,
+    q_BLnH: Tensor,
+    k_BLgH: Tensor,
+    v_BLgH: Tensor,
+    options: Mapping[str, Any],
+) -> tuple[Tensor, Failure | None]:
+    """The output; or zeros, which the peers wait for all the same, and why there is none."""
+    tensors = q_BLnH, k_BLgH, v_BLgH
+    if torch.compiler.is_compiling():
+        out_BLnH = attend_whole(*tensors, options)
+    else:
+        try:
+            out_BLnH = attend_whole(*tensors, options)
+        except checkpoint._StopRecomputationError:  # everything that backward needs is there again
+            raise
+        except Exception as error:
+            return zeros(q_BLnH.shape[1], q_BLnH, v_BLgH), Failure(
+                f"attend raised {type(error).__name__}: {error}", error
+            )
+    wanted = (*q_BLnH.shape[:3], v_BLgH.shape[3])
+    if not isinstance(out_BLnH, Tensor):
+        got = type(out_BLnH).__name__
+    elif tuple(out_BLnH.shape) == wanted and out_BLnH.dtype == q_BLnH.dtype:
+        return out_BLnH, None
+    else:
+        got = f"{tuple(out_BLnH.shape)} of {out_BLnH.dtype}"
+    return zeros(q_BLnH.shape[1], q_BLnH, v_BLgH), Failure(
+        f"attend gave {got}; it has to give (B, L, my query heads, value width) = {wanted} of {q_BLnH.dtype}"
+    )
