@@ -1,5 +1,6 @@
 """Expert-parallel dispatch and combine: exact for uneven shards, in few bytes, unable to fail silently."""
 
+from .errors import DisagreementError, GroupError, RankMistakeError, StaticSizesError
 from .layer.balance import sequence_balance_loss
 from .layer.experts import GroupedExperts, SwiGLU
 from .layer.moe import MoE
@@ -13,13 +14,14 @@ from .plan.static import StaticPlan, plan_static
 from .plan.static_index import StaticSizes
 from .rows.dispatch import PendingCombine, PendingDispatch, combine, dispatch, start_combine, start_dispatch
 from .rows.hierarchical import combine_hierarchical, dispatch_hierarchical
-from .wire.agreement import BAD, agree, digest, raise_on_every_rank
-from .wire.exchange import check_group, exchange_rows, start_exchange
+from .wire.agreement import agree
+from .wire.exchange import exchange_rows
 from .wire.regions import gather_tokens, place_tokens
 
 __all__ = [
-    "BAD",
+    "DisagreementError",
     "DispatchMetadata",
+    "GroupError",
     "GroupedExperts",
     "HierarchicalPlan",
     "MoE",
@@ -28,17 +30,17 @@ __all__ = [
     "Partition",
     "PendingCombine",
     "PendingDispatch",
+    "RankMistakeError",
     "StaticPlan",
     "StaticSizes",
+    "StaticSizesError",
     "SwiGLU",
     "TokenSharding",
     "TopKRouter",
     "agree",
     "build_mesh",
-    "check_group",
     "combine",
     "combine_hierarchical",
-    "digest",
     "dispatch",
     "dispatch_hierarchical",
     "exchange_rows",
@@ -47,9 +49,7 @@ __all__ = [
     "plan_dispatch",
     "plan_hierarchical",
     "plan_static",
-    "raise_on_every_rank",
     "sequence_balance_loss",
     "start_combine",
     "start_dispatch",
-    "start_exchange",
 ]

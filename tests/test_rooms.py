@@ -37,6 +37,7 @@ INDEX_ARITHMETIC = {
     "rows/sums.py": "three parts of each weight",
     "layer/router.py": "how many experts a group has",
     "layer/experts.py": "rows of 16 bytes, and where each expert's rows end",
+    "wire/agreement.py": "a word of 31 bits",
     "layout/mesh.py": "sizes that divide the ranks",
 }
 # Tables that no code writes to.
@@ -154,13 +155,23 @@ def test_the_readers_see_what_they_look_for(read: object, source: str, found: ob
 
 
 def test_the_rooms_are_there() -> None:
-    named = {"layout/sharding.py", "layout/partition.py", "wire/exchange.py", "plan/counted.py", "rows/dispatch.py", "wire/regions.py", "layer/moe.py"}
+    named = {
+        "layout/sharding.py",
+        "layout/partition.py",
+        "wire/exchange.py",
+        "plan/counted.py",
+        "rows/dispatch.py",
+        "wire/regions.py",
+        "layer/moe.py",
+    }
     assert named <= LIBRARY
     assert set(INDEX_ARITHMETIC) <= LIBRARY
     assert "lab/validate/debug_model/parallel.py" in MODULES
 
 
-@pytest.mark.parametrize("name", ["layout/sharding.py", "layout/partition.py", "plan/row_index.py", "plan/static_index.py"])
+@pytest.mark.parametrize(
+    "name", ["layout/sharding.py", "layout/partition.py", "plan/row_index.py", "plan/static_index.py"]
+)
 def test_index_arithmetic_knows_no_process_groups_and_no_floats(name: str) -> None:
     assert of_torch_distributed(imports(MODULES[name])) == set()
     words = set(attributes(MODULES[name]))
@@ -171,7 +182,10 @@ def test_index_arithmetic_knows_no_process_groups_and_no_floats(name: str) -> No
 
 
 def test_only_exchange_calls_the_all_to_all_and_only_once() -> None:
-    rivals = {"lab/bench/contenders/floor.py", "lab/bench/contenders/textbook.py"}  # what the exchange is timed against
+    rivals = {
+        "lab/bench/contenders/floor.py",
+        "lab/bench/contenders/textbook.py",
+    }  # what the exchange is timed against
     both = MODULES | ATTENTION
     used = {name: attributes(source).count("all_to_all_single") for name, source in both.items()}
     assert {name: count for name, count in used.items() if count and name not in rivals} == {"wire/exchange.py": 1}
@@ -199,7 +213,16 @@ def test_moving_rows_needs_no_arithmetic_on_indices() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["rows/dispatch.py", "rows/hierarchical.py", "wire/exchange.py", "layer/balance.py", "wire/regions.py", "layer/moe.py", "layer/router.py"]
+    "name",
+    [
+        "rows/dispatch.py",
+        "rows/hierarchical.py",
+        "wire/exchange.py",
+        "layer/balance.py",
+        "wire/regions.py",
+        "layer/moe.py",
+        "layer/router.py",
+    ],
 )
 def test_what_runs_in_every_layer_does_not_wait_for_the_device(name: str) -> None:
     assert set(calls(MODULES[name])) & HOST_SYNCS == set()

@@ -97,7 +97,9 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--workloads", metavar="NAME", nargs="+", help="run only these workloads of the config")
     parser.add_argument(
-        "--adapter", metavar="PACKAGE.MODULE:NAME", help="time this class too (see moe_dispatch/lab/bench/contenders/contender.py)"
+        "--adapter",
+        metavar="PACKAGE.MODULE:NAME",
+        help="time this class too (see lab/bench/contenders)",
     )
     parser.add_argument(
         "--repeat", metavar="N", type=_count, default=7, help="repetitions of each contender (default: %(default)s)"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..layout.partition import Partition
 from ..layout.sharding import TokenSharding
-from ..wire.agreement import BAD, raise_on_every_rank
+from ..wire.agreement import BAD, Statement
 from .checks import check_plan, problem_of_arguments, problem_of_values, status_word
 from .group_tokens import Grid
 from .ids_exchange import RoutingExchange
@@ -183,7 +183,7 @@ def plan_dispatch(
     words, sent, received_before, (num_rows,) = _split(torch.cat(counts).tolist(), map(len, counts))
     if set(words) != {grid.expected}:
         problem = problem_of_values(expert_BlK, weight_BlK, experts) if words[rank] == BAD else ""
-        raise_on_every_rank(problem, grid.facts, device=expert_BlK.device, group=group)
+        Statement(grid.facts, problem).raise_on_every_rank(device=expert_BlK.device, group=group)
     received = [after - before for before, after in pairwise(received_before)]
     return DispatchMetadata(
         local_shape=(*sharding.local_shape(rank), dim),
@@ -221,7 +221,7 @@ def refuse_plan(
     word = torch.full((), BAD, dtype=torch.int64, device=device)
     none_tK = torch.zeros_like(word).expand(sharding.local_sizes[rank], num_choices)
     RoutingExchange.start(none_tK, word, grid, group).wait()
-    raise_on_every_rank(problem, "", device=device, group=group)
+    Statement("", problem).raise_on_every_rank(device=device, group=group)
 
 
 def _split(values: list[int], sizes: Iterable[int]) -> Iterator[tuple[int, ...]]:

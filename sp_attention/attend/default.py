@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from moe_dispatch.wire.autocast import cast_to_autocast, without_autocast
+from moe_dispatch.internals import cast_to_autocast, without_autocast
 
 from .dropout import Dropout
 

@@ -7,7 +7,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.attention.flex_attention import and_masks, create_block_mask, flex_attention
 
-from moe_dispatch.wire.autocast import without_autocast
+from moe_dispatch.internals import without_autocast
 
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]

@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_dispatch import Partition, TokenSharding, agree, check_group, gather_tokens
+from moe_dispatch import Partition, TokenSharding, agree, gather_tokens
+from moe_dispatch.internals import check_group
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

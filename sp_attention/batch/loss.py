@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_dispatch import check_group, raise_on_every_rank
+from moe_dispatch.internals import Statement, check_group
 
 from .labels import is_integer
 
@@ -114,7 +114,7 @@ def _mean(loss_sum: Tensor, count: int | Tensor, problem: str, group: dist.Proce
         dist.all_reduce(mine, group=group)
     whole_sum, num_targets, problems = mine.tolist()
     if problems:
-        raise_on_every_rank(problem, "nothing wrong here", device=loss_sum.device, group=group)
+        Statement("nothing wrong here", problem).raise_on_every_rank(device=loss_sum.device, group=group)
     divisor = max(num_targets, 1.0)
     return MeanLoss(
         share=loss_sum / divisor, whole=loss_sum.new_tensor(whole_sum / divisor), num_targets=int(num_targets)

@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_dispatch import TokenSharding, agree, check_group, digest
+from moe_dispatch import TokenSharding, agree
+from moe_dispatch.internals import check_group, digest
 
 from ..attend.documents import Documents
 from ..attend.dropout import mix

@@ -6,7 +6,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moe_dispatch import Partition, TokenSharding
-from moe_dispatch.wire.group_copy import copy_in_group
+from moe_dispatch.internals import copy_in_group
 
 from .ulysses import Attend, ulysses_attention
 

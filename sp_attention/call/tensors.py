@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_dispatch import Partition, TokenSharding
-from moe_dispatch.wire.autocast import cast_to_autocast
+from moe_dispatch.internals import cast_to_autocast
 
 from ..wire.exchange import Lane, check_sharding
 from ..wire.heads import GroupedHeads, heads_of_call

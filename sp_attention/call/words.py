@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_dispatch import BAD, digest, raise_on_every_rank
+from moe_dispatch.internals import BAD, Statement, digest
 
 from ..wire import exchange
 from .tensors import Call
@@ -83,10 +83,7 @@ def check_words(
     """Raise on every rank unless all sent the word that this rank expects."""
     if word_P.device.type == "cpu" and not torch.compiler.is_compiling():
         if set(word_P.tolist()) != {expected}:
-            try:
-                raise_on_every_rank(problem, facts, device=word_P.device, group=call.group)
-            except ValueError as told:
-                raise told from cause
+            Statement(facts, problem, cause).raise_on_every_rank(device=word_P.device, group=call.group)
         return
     if problem and not torch.compiler.is_compiling():
         raise ValueError(f"rank {call.rank}: {problem}") from cause

@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_dispatch import Partition, TokenSharding, check_group, start_exchange
+from moe_dispatch import Partition, TokenSharding
+from moe_dispatch.internals import check_group, start_exchange
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -66,7 +66,7 @@ def find_adapter(name: str) -> type[Contender]:
     if not isinstance(adapted, type) or not callable(getattr(adapted, "forward", None)):
         fact = "does not exist" if adapted is None else "is no class with a method forward"
         raise ValueError(
-            f"adapter {name!r}: {class_name} {fact}; see moe_dispatch/lab/bench/contenders/contender.py for what it needs"
+            f"adapter {name!r}: {class_name} {fact}; see Contender in lab/bench/contenders for what it needs"
         )
     kind = getattr(adapted, "kind", "dispatch")
     if kind not in ("dispatch", "ulysses"):

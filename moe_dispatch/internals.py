@@ -1,0 +1,17 @@
+"""What ``sp_attention`` builds on besides the public names: the one door between the two packages. Not for users."""
+
+from .wire.agreement import BAD, Statement, digest
+from .wire.autocast import cast_to_autocast, without_autocast
+from .wire.exchange import check_group, start_exchange
+from .wire.group_copy import copy_in_group
+
+__all__ = [
+    "BAD",
+    "Statement",
+    "cast_to_autocast",
+    "check_group",
+    "copy_in_group",
+    "digest",
+    "start_exchange",
+    "without_autocast",
+]
