@@ -349,7 +349,7 @@ def test_a_file_that_cannot_be_written_in_the_end_is_told(
 
 
 def test_importing_the_library_or_the_command_line_imports_no_extra() -> None:
-    code = "import sys, moe_dispatch.cli; print({'pydantic', 'rich', 'matplotlib'} & set(sys.modules))"
+    code = "import sys, moe_dispatch.lab.cli; print({'pydantic', 'rich', 'matplotlib'} & set(sys.modules))"
     found = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True
     )
@@ -445,9 +445,9 @@ JOINED = """
 import sys, torch
 import torch.distributed as dist
 from dataclasses import replace
-from moe_dispatch.cli import main
-from moe_dispatch.validation import matrix
-from tests.made_up_results import AGREEING
+from moe_dispatch.lab.cli import main
+from moe_dispatch.lab.validate import matrix
+from tests.support.made_up_results import AGREEING
 
 def run_row(config, row, dtype, text, reference, mutant):
     if "--rows" in sys.argv and dist.get_rank() == 1:
