@@ -3,145 +3,17 @@
 Shares no code with the library. Grids are cut by slicing, so that no index formula stands against another one.
 """
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
-from functools import cache
 from itertools import cycle, product
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-Order = Literal["BL", "LB"]
+from tests.support.layouts import EXPERTS, Layout, layouts
+from tests.support.routings import ROUTINGS
+
 # Measured: 8e-15 at most over the cases; values and gradients are of order 1 to 10.
 TOLERANCE = 1e-12
-
-
-@dataclass(frozen=True, kw_only=True)
-class Layout:
-    """A (B, L) grid cut into rectangles, or (L, B) for order "LB"; rank r holds (r // len(seq), r % len(seq))."""
-
-    batch: tuple[int, ...]
-    seq: tuple[int, ...]
-    order: Order = "BL"
-
-    @property
-    def ranks(self) -> int:
-        return len(self.batch) * len(self.seq)
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        rows, length = sum(self.batch), sum(self.seq)
-        return (rows, length) if self.order == "BL" else (length, rows)
-
-    def cut(self, x_BLD: Tensor) -> list[Tensor]:
-        """Every rank's piece of the whole, by slicing."""
-        batch_dim, seq_dim = (0, 1) if self.order == "BL" else (1, 0)
-        return [piece for rows in x_BLD.split(self.batch, batch_dim) for piece in rows.split(self.seq, seq_dim)]
-
-    def ids(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The grids of global token ids, of rows and of positions."""
-        return id_grids(sum(self.batch), sum(self.seq), self.order)
-
-
-@cache
-def id_grids(rows: int, length: int, order: Order) -> tuple[Tensor, Tensor, Tensor]:
-    row_BL = torch.arange(rows).unsqueeze(1).expand(rows, length)
-    position_BL = torch.arange(length).expand(rows, length)
-    if order == "LB":
-        row_BL, position_BL = row_BL.T, position_BL.T
-    return torch.arange(rows * length).view(row_BL.shape), row_BL, position_BL
-
-
-def compositions(total: int, pieces: int) -> Iterator[tuple[int, ...]]:
-    """Every way to cut ``total`` into that many consecutive pieces, empty ones included."""
-    if pieces == 1:
-        yield (total,)
-        return
-    for first in range(total + 1):
-        for rest in compositions(total - first, pieces - 1):
-            yield (first, *rest)
-
-
-# ---- routing: which experts the tokens choose ------------------------------------------------------
-
-
-def uniform(scores_TE: Tensor, num_choices: int, experts: tuple[int, ...]) -> Tensor:
-    return torch.randint(scores_TE.shape[1], (len(scores_TE), num_choices))
-
-
-def top_k(scores_TE: Tensor, num_choices: int, experts: tuple[int, ...]) -> Tensor:
-    best_TK = scores_TE.topk(min(num_choices, scores_TE.shape[1])).indices
-    spare = num_choices - best_TK.shape[1]
-    return torch.cat([best_TK, best_TK.new_full((len(scores_TE), spare), -1)], dim=1)
-
-
-def one_expert(scores_TE: Tensor, num_choices: int, experts: tuple[int, ...]) -> Tensor:
-    return torch.full((len(scores_TE), num_choices), scores_TE.shape[1] // 2)
-
-
-def holes(scores_TE: Tensor, num_choices: int, experts: tuple[int, ...]) -> Tensor:
-    expert_TK = uniform(scores_TE, num_choices, experts)
-    return expert_TK.where(torch.rand(expert_TK.shape) < 0.5, -1)
-
-
-def duplicates(scores_TE: Tensor, num_choices: int, experts: tuple[int, ...]) -> Tensor:
-    expert_TK = uniform(scores_TE, num_choices, experts)
-    return expert_TK.where(torch.rand(len(expert_TK), 1) < 0.5, expert_TK[:, :1])
-
-
-def one_rank(scores_TE: Tensor, num_choices: int, experts: tuple[int, ...]) -> Tensor:
-    rank = max(range(len(experts)), key=lambda rank: experts[rank])
-    return torch.randint(experts[rank], (len(scores_TE), num_choices)) + sum(experts[:rank])
-
-
-def without(unused: Callable[[int], int]) -> Callable[[Tensor, int, tuple[int, ...]], Tensor]:
-    def route(scores_TE: Tensor, num_choices: int, experts: tuple[int, ...]) -> Tensor:
-        expert_TK = uniform(scores_TE, num_choices, experts)
-        num_experts = scores_TE.shape[1]
-        return expert_TK.where(expert_TK != unused(num_experts), (unused(num_experts) + 1) % num_experts)
-
-    return route
-
-
-def none(scores_TE: Tensor, num_choices: int, experts: tuple[int, ...]) -> Tensor:
-    return torch.full((len(scores_TE), num_choices), -1)
-
-
-ROUTINGS: dict[str, Callable[[Tensor, int, tuple[int, ...]], Tensor]] = {
-    "uniform": uniform,
-    "top_k": top_k,
-    "one_expert": one_expert,
-    "holes": holes,
-    "duplicates": duplicates,
-    "one_rank": one_rank,
-    "without_first": without(lambda num_experts: 0),
-    "without_middle": without(lambda num_experts: num_experts // 2),
-    "without_last": without(lambda num_experts: num_experts - 1),
-    "none": none,
-}
-
-EXPERTS: dict[int, list[tuple[int, ...]]] = {
-    1: [(4,), (1,), (5,)],
-    2: [(2, 2), (0, 3), (4, 1), (3, 0)],
-    3: [(2, 2, 2), (3, 0, 2), (0, 1, 4), (1, 1, 0)],
-    4: [(1, 1, 1, 1), (2, 0, 3, 1), (0, 4, 0, 0), (2, 2, 2, 2)],
-}
-
-
-def layouts(ranks: int) -> list[Layout]:
-    """Shards that are even, uneven and empty; cut along the sequence, the batch and both; 0, 1, 2 and more tokens."""
-    uneven = {1: [(5,)], 2: [(3, 2), (0, 5)], 3: [(3, 0, 2), (0, 1, 4)], 4: [(2, 0, 3, 1), (0, 2, 1, 2)]}[ranks]
-    rest = (0,) * (ranks - 1)
-    cuts = [((rows,), seq) for rows, seq in zip((2, 3), (*uneven, *uneven), strict=False)]
-    cuts += [((2,), (2,) * ranks), ((2,), (*rest, 5)), (uneven[0], (3,))]
-    cuts += [((2,), (*rest, 0)), ((1,), (*rest, 1)), ((1,), (2, *rest)), ((2,), (1, *rest))]
-    if ranks == 4:
-        cuts += [((2, 1), (3, 2)), ((0, 2), (1, 3)), ((1, 2), (2, 0))]
-    return [Layout(batch=batch, seq=seq, order=order) for batch, seq in cuts for order in ("BL", "LB")]
-
-
-# ---- one layer: experts are y = tanh(x @ w), another matrix for each expert -------------------------
 
 
 @dataclass(frozen=True, kw_only=True)

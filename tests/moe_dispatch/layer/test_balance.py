@@ -13,6 +13,7 @@ from torch import Tensor
 from moe_dispatch import Partition, TokenSharding, sequence_balance_loss
 from moe_dispatch.reference import reference_balance_loss
 from moe_dispatch.testing import RankPool
+from tests.support.ranks import refusal, world
 
 EXPERTS, TOP_K = 5, 2
 
@@ -78,7 +79,6 @@ def formula(scores_BLE: Tensor, top_k: int) -> tuple[float, list[list[list[float
 
 def share_and_gradient(rank: int, case: Case) -> tuple[Tensor, Tensor, list[str]]:
     """This rank's share, the gradient of its scores, and the collectives in forward and backward."""
-    assert dist.group.WORLD is not None
     calls: list[str] = []
     all_reduce = dist.all_reduce
 
@@ -89,7 +89,7 @@ def share_and_gradient(rank: int, case: Case) -> tuple[Tensor, Tensor, list[str]
     scores_BlE = case.sharding.shard(case.scores(), rank).clone().requires_grad_()
     dist.all_reduce = counted
     try:
-        share = sequence_balance_loss(scores_BlE, top_k=TOP_K, sharding=case.sharding, group=dist.group.WORLD)
+        share = sequence_balance_loss(scores_BlE, top_k=TOP_K, sharding=case.sharding, group=world())
         calls.append("backward")
         share.backward()
     finally:
@@ -136,10 +136,9 @@ def test_even_routing_costs_1_and_collapsed_routing_costs_the_experts() -> None:
 
 
 def losses_without_tokens(rank: int, shape: tuple[int, int]) -> tuple[float, tuple[int, ...]]:
-    assert dist.group.WORLD is not None
     sharding = TokenSharding(batch=shape[0], seq=Partition((shape[1], 0)))
     scores_BlE = torch.ones(*sharding.local_shape(rank), EXPERTS, requires_grad=True)
-    share = sequence_balance_loss(scores_BlE, top_k=TOP_K, sharding=sharding, group=dist.group.WORLD)
+    share = sequence_balance_loss(scores_BlE, top_k=TOP_K, sharding=sharding, group=world())
     share.backward()
     assert scores_BlE.grad is not None
     return share.item(), tuple(scores_BlE.grad.shape)
@@ -159,31 +158,24 @@ def test_no_tokens_cost_nothing_in_the_reference(shape: tuple[int, int]) -> None
 # ---- refusals --------------------------------------------------------------------------------------
 
 
-def refusal(rank: int, ask: Callable[[int], Any]) -> str:
-    try:
-        ask(rank)
-    except ValueError as error:
-        return str(error)
-    return "no error"
+def refused(rank: int, ask: Callable[[int], Any]) -> str:
+    return refusal(lambda: ask(rank))
 
 
 def ask_with_a_selection(rank: int) -> None:
-    assert dist.group.WORLD is not None
     sharding = TokenSharding(batch=2, seq=Partition((2, 1, 1))).select((0, 2))
     scores_BlE = torch.ones(*sharding.local_shape(rank), EXPERTS)
-    sequence_balance_loss(scores_BlE, top_k=TOP_K, sharding=sharding, group=dist.group.WORLD)
+    sequence_balance_loss(scores_BlE, top_k=TOP_K, sharding=sharding, group=world())
 
 
 def ask_with_another_shape(rank: int) -> None:
-    assert dist.group.WORLD is not None
     sharding = TokenSharding(batch=2, seq=Partition((2, 1)))
-    sequence_balance_loss(torch.ones(2, 3, EXPERTS), top_k=TOP_K, sharding=sharding, group=dist.group.WORLD)
+    sequence_balance_loss(torch.ones(2, 3, EXPERTS), top_k=TOP_K, sharding=sharding, group=world())
 
 
 def ask_with_another_group(rank: int) -> None:
-    assert dist.group.WORLD is not None
     sharding = TokenSharding(batch=2, seq=Partition((2, 1, 1)))
-    sequence_balance_loss(torch.ones(2, 2, EXPERTS), top_k=TOP_K, sharding=sharding, group=dist.group.WORLD)
+    sequence_balance_loss(torch.ones(2, 2, EXPERTS), top_k=TOP_K, sharding=sharding, group=world())
 
 
 def test_a_sharding_that_leaves_tokens_out_is_refused(rank_pool: RankPool) -> None:
@@ -191,11 +183,11 @@ def test_a_sharding_that_leaves_tokens_out_is_refused(rank_pool: RankPool) -> No
         "sequence_balance_loss needs every token of the grid, but the ranks of this sharding hold 6 of 8; describe "
         "the tokens that this group holds, not a selection of a larger mesh"
     )
-    assert rank_pool.run(refusal, 2, ask_with_a_selection) == [text] * 2
+    assert rank_pool.run(refused, 2, ask_with_a_selection) == [text] * 2
 
 
 def test_scores_that_are_not_the_shard_are_refused(rank_pool: RankPool) -> None:
-    texts = rank_pool.run(refusal, 2, ask_with_another_shape)
+    texts = rank_pool.run(refused, 2, ask_with_another_shape)
     assert texts == [
         f"rank {rank} has a tensor of shape (2, 3, 5), but its shard in order 'BL' is {shape}; pass this rank's "
         f"tokens, as sharding.shard(x, {rank}) cuts them"
@@ -204,6 +196,6 @@ def test_scores_that_are_not_the_shard_are_refused(rank_pool: RankPool) -> None:
 
 
 def test_a_group_of_another_size_is_refused(rank_pool: RankPool) -> None:
-    texts = rank_pool.run(refusal, 2, ask_with_another_group)
+    texts = rank_pool.run(refused, 2, ask_with_another_group)
     assert texts[0] == texts[1]
     assert texts[0].startswith("the token sharding describes 3 ranks, but the group has 2; they have to be equal")

@@ -1,10 +1,6 @@
-"""The router against a loop over tokens in plain Python floats, written from the papers and not from the code."""
+"""The router against a loop over tokens: scores, choices, weights, precision, gradients."""
 
 import copy
-import io
-import math
-import re
-from dataclasses import dataclass, fields
 from typing import Literal
 
 import pytest
@@ -13,97 +9,16 @@ from torch import Tensor
 
 from moe_dispatch import TopKRouter
 from moe_dispatch.reference import token_experts, token_scores, token_weights
-
-DIM, EXPERTS = 6, 8
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Setting:
-    """The arguments of a router over 8 experts."""
-
-    score: Literal["softmax", "sigmoid"] = "sigmoid"
-    top_k: int = 3
-    groups: int = 1
-    limited_groups: int = 1
-    judged_by: int = 2
-    normalize: bool = True
-    route_scale: float = 1.0
-
-    def __str__(self) -> str:
-        values = {part.name: (getattr(self, part.name), part.default) for part in fields(self)}
-        return ", ".join(f"{name}={value}" for name, (value, default) in values.items() if value != default)
-
-    def router(self, dtype: torch.dtype = torch.float64) -> TopKRouter:
-        """A router with a bias large enough to change most choices."""
-        torch.manual_seed(0)
-        router = TopKRouter(
-            DIM,
-            EXPERTS,
-            self.top_k,
-            score=self.score,
-            groups=self.groups,
-            limited_groups=self.limited_groups,
-            judged_by=self.judged_by,
-            normalize=self.normalize,
-            route_scale=self.route_scale,
-        ).to(dtype)
-        router.expert_bias_E.copy_(torch.randn(EXPERTS) / 4)
-        return router
-
-
-SETTINGS = [
-    Setting(),
-    Setting(score="softmax"),
-    Setting(normalize=False),
-    Setting(score="softmax", normalize=False, route_scale=16.0),
-    Setting(route_scale=2.5),
-    Setting(top_k=1),
-    Setting(top_k=1, normalize=False),
-    Setting(top_k=8),
-    Setting(groups=4, limited_groups=2, judged_by=1, score="softmax"),
-    Setting(groups=4, limited_groups=2, judged_by=2, route_scale=2.5),
-    Setting(groups=2, limited_groups=1, judged_by=1),
-    Setting(groups=2, limited_groups=1, judged_by=3, top_k=4),
-    Setting(groups=4, limited_groups=4, judged_by=2, normalize=False),
-    Setting(groups=8, limited_groups=3, judged_by=1),
-]
-
-
-def tokens(shape: tuple[int, ...] = (2, 5), dtype: torch.dtype = torch.float64, seed: int = 1) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, DIM, generator=generator, dtype=torch.float64).to(dtype)
-
-
-# ---- the loop: one token at a time, in Python floats -----------------------------------------------
-
-
-def scores_by_hand(x: list[float], gate: list[list[float]], score: str) -> list[float]:
-    logits = [math.fsum(a * b for a, b in zip(x, row, strict=True)) for row in gate]
-    if score == "sigmoid":
-        return [1 / (1 + math.exp(-logit)) for logit in logits]
-    total = math.fsum(math.exp(logit) for logit in logits)
-    return [math.exp(logit) / total for logit in logits]
-
-
-def experts_by_hand(scores: list[float], bias: list[float], setting: Setting) -> list[int]:
-    """Greedy: strike the worst group until enough are left, then take the best expert K times."""
-    size = len(scores) // setting.groups
-    worth = {}
-    for group in range(setting.groups):
-        members = [scores[group * size + i] + bias[group * size + i] for i in range(size)]
-        worth[group] = sum(sorted(members)[-setting.judged_by :])
-    while len(worth) > setting.limited_groups:
-        del worth[min(worth, key=lambda group: worth[group])]
-    open_ids = [expert for expert in range(len(scores)) if expert // size in worth]
-    chosen: list[int] = []
-    while len(chosen) < setting.top_k:
-        chosen.append(max(set(open_ids) - set(chosen), key=lambda expert: scores[expert] + bias[expert]))
-    return chosen
-
-
-def weights_by_hand(scores: list[float], chosen: list[int], setting: Setting) -> list[float]:
-    total = math.fsum(scores[expert] for expert in chosen) if setting.normalize else 1.0
-    return [setting.route_scale * scores[expert] / total for expert in chosen]
+from tests.support.routers import (
+    DIM,
+    EXPERTS,
+    SETTINGS,
+    Setting,
+    experts_by_hand,
+    scores_by_hand,
+    tokens,
+    weights_by_hand,
+)
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
@@ -293,116 +208,3 @@ def test_gradients_equal_those_of_the_reference(setting: Setting) -> None:
     torch.testing.assert_close(x_TD.grad, reference_x_TD.grad, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(router.weight_ED.grad, reference.weight_ED.grad, rtol=1e-12, atol=1e-12)
     assert router.expert_bias_E.grad is None
-
-
-# ---- bias update -----------------------------------------------------------------------------------
-
-
-def test_the_bias_moves_one_step_towards_the_mean_load() -> None:
-    router = TopKRouter(DIM, 4, 2, score="sigmoid")
-    router.expert_bias_E.fill_(1.0)
-    router.update_bias(torch.tensor([10, 0, 4, 2]), rate=0.125)  # mean 4
-    assert router.expert_bias_E.tolist() == [0.875, 1.125, 1.0, 1.125]
-    router.update_bias(torch.tensor([3, 3, 3, 3]), rate=0.125)
-    assert router.expert_bias_E.tolist() == [0.875, 1.125, 1.0, 1.125]
-
-
-def test_the_bias_is_moved_in_place_and_saved() -> None:
-    router = TopKRouter(DIM, 4, 2, score="sigmoid")
-    bias_E, version = router.expert_bias_E, router.state_dict()["expert_bias_E"]
-    router.update_bias(torch.tensor([1, 0, 0, 0]), rate=0.5)
-    assert router.expert_bias_E is bias_E
-    assert version.tolist() == [-0.5, 0.5, 0.5, 0.5]
-    file = io.BytesIO()
-    torch.save(router.state_dict(), file)
-    file.seek(0)
-    loaded = TopKRouter(DIM, 4, 2, score="sigmoid")
-    loaded.load_state_dict(torch.load(file))
-    assert loaded.expert_bias_E.tolist() == [-0.5, 0.5, 0.5, 0.5]
-    assert torch.equal(loaded.weight_ED, router.weight_ED)
-
-
-def test_small_steps_add_up() -> None:
-    router = TopKRouter(DIM, 2, 1, score="sigmoid")
-    router.expert_bias_E.fill_(1.0)
-    for _ in range(100):
-        router.update_bias(torch.tensor([1, 0]), rate=0.001)
-    assert router.expert_bias_E.tolist() == pytest.approx([0.9, 1.1], rel=1e-5)
-
-
-def test_a_bias_in_low_precision_is_refused() -> None:
-    router = TopKRouter(DIM, 4, 2, score="sigmoid").bfloat16()
-    with pytest.raises(
-        ValueError, match=r"torch\.bfloat16, in which small steps are lost; keep it in float32"
-    ) as caught:
-        router.update_bias(torch.tensor([1, 0, 0, 0]), rate=0.001)
-    assert "router.expert_bias_E = router.expert_bias_E.float()" in str(caught.value)
-    router.expert_bias_E = router.expert_bias_E.float()  # the remedy of the message
-    router.update_bias(torch.tensor([1, 0, 0, 0]), rate=0.001)
-    assert router.expert_bias_E.tolist() == pytest.approx([-0.001, 0.001, 0.001, 0.001])
-    router.double().update_bias(torch.tensor([1, 0, 0, 0]), rate=0.001)
-
-
-# ---- construction ----------------------------------------------------------------------------------
-
-DIVIDE = "groups have to divide the experts, and limited_groups has to be 1 to"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "text"),
-    [
-        (
-            {"score": "tanh"},
-            """score is 'tanh'; use "softmax" or "sigmoid\"""",
-        ),
-        ({"groups": 3}, f"8 experts in 3 groups of which a token uses 1; {DIVIDE} 3"),
-        ({"groups": 4, "limited_groups": 5}, f"8 experts in 4 groups of which a token uses 5; {DIVIDE} 4"),
-        ({"groups": 4, "limited_groups": 0}, f"8 experts in 4 groups of which a token uses 0; {DIVIDE} 4"),
-        ({"groups": 4, "judged_by": 3}, "groups of 2 experts judged by their 3 best; use 1 to 2"),
-        ({"groups": 4, "judged_by": 0}, "groups of 2 experts judged by their 0 best; use 1 to 2"),
-        (
-            {"top_k": 9},
-            "top_k is 9, but a token can choose among 8 experts (1 groups of 8); use 1 to 8",
-        ),
-        (
-            {"top_k": 0},
-            "top_k is 0, but a token can choose among 8 experts (1 groups of 8); use 1 to 8",
-        ),
-        (
-            {"top_k": 5, "groups": 4, "limited_groups": 2},
-            "top_k is 5, but a token can choose among 4 experts (2 groups of 2); use 1 to 4",
-        ),
-    ],
-)
-def test_numbers_that_do_not_fit_together_are_refused(arguments: dict[str, object], text: str) -> None:
-    defaults: dict[str, object] = {"top_k": 2, "score": "sigmoid"}
-    with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
-        TopKRouter(DIM, 8, **(defaults | arguments))  # pyright: ignore[reportArgumentType]
-
-
-def test_no_groups_are_refused() -> None:
-    with pytest.raises(ValueError, match="8 experts in 0 groups"):
-        TopKRouter(DIM, 8, 2, score="sigmoid", groups=0)
-
-
-def test_one_group_is_not_judged() -> None:
-    assert TopKRouter(DIM, 1, 1, score="sigmoid").choose(torch.ones(2, 1)).tolist() == [[0], [0]]
-
-
-def test_parameters_at_the_start() -> None:
-    torch.manual_seed(0)
-    router = TopKRouter(64, 512, 2, score="sigmoid")
-    assert router.weight_ED.std().item() == pytest.approx(64**-0.5, rel=0.05)
-    assert router.expert_bias_E.tolist() == [0.0] * 512
-    assert router.expert_bias_E.dtype == torch.float32
-    router.expert_bias_E.fill_(1.0)
-    router.reset_parameters()
-    assert router.expert_bias_E.tolist() == [0.0] * 512
-    assert set(router.state_dict()) == {"weight_ED", "expert_bias_E"}
-
-
-def test_its_text_names_the_settings() -> None:
-    assert repr(Setting(groups=4, limited_groups=2).router()) == (
-        "TopKRouter(dim=6, num_experts=8, top_k=3, score='sigmoid', groups=4, limited_groups=2, normalize=True, "
-        "route_scale=1.0)"
-    )

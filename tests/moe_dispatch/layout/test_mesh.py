@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from moe_dispatch import ParallelMesh, build_mesh
 from moe_dispatch.testing import RankPool
+from tests.support.ranks import refusal
 
 Groups = dict[str, list[list[int]]]
 
@@ -206,13 +207,9 @@ def test_a_size_that_is_no_count_is_refused(name: str, size: object) -> None:
         build_mesh(**{name: size}, device_type="cpu")  # pyright: ignore[reportArgumentType]
 
 
-def refusal(build: Callable[..., ParallelMesh], sizes: dict[str, int]) -> tuple[str, float]:
+def refused_then_sum(build: Callable[..., ParallelMesh], sizes: dict[str, int]) -> tuple[str, float]:
     """The text, and that the ranks still answer each other afterwards."""
-    text = "no error"
-    try:
-        build(**sizes, device_type="cpu")
-    except ValueError as error:
-        text = str(error)
+    text = refusal(lambda: build(**sizes, device_type="cpu"))
     number = torch.ones(())
     dist.all_reduce(number)
     return text, number.item()
@@ -220,4 +217,4 @@ def refusal(build: Callable[..., ParallelMesh], sizes: dict[str, int]) -> tuple[
 
 def test_every_rank_refuses_alike_and_goes_on(rank_pool: RankPool) -> None:
     text = "ep=3 does not divide the 2 ranks of dp=2 x sp=1 x tp=1; use e.g. ep=2"
-    assert rank_pool.run(refusal, 2, build_mesh, {"dp": 2, "ep": 3}) == [(text, 2.0)] * 2
+    assert rank_pool.run(refused_then_sum, 2, build_mesh, {"dp": 2, "ep": 3}) == [(text, 2.0)] * 2

@@ -2,12 +2,15 @@
 
 import dataclasses
 import pickle
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
 from moe_dispatch import Partition
-from tests.support.dense import compositions
+from tests.support.layouts import compositions
+from tests.support.ranks import refusal
 
 CASES = [sizes for ranks in range(1, 5) for total in range(10) for sizes in compositions(total, ranks)]
 
@@ -58,35 +61,28 @@ def test_a_partition_is_a_value() -> None:
         first.sizes = (1,)  # type: ignore[misc]
 
 
-def refusal(make: object, *args: object) -> str:
-    assert callable(make)
-    with pytest.raises(ValueError) as error:  # noqa: PT011  (the caller compares the whole text)
-        make(*args)
-    return str(error.value)
-
-
 def test_a_remainder_is_refused() -> None:
-    assert refusal(Partition.even, 30, 4) == (
+    assert refusal(lambda: Partition.even(30, 4)) == (
         "30 things do not split evenly over 4 ranks; use Partition.balanced(30, 4) for pieces that differ by one"
     )
 
 
 def test_no_pieces_are_refused() -> None:
-    assert refusal(Partition, ()) == (
+    assert refusal(lambda: Partition(())) == (
         "a Partition without pieces; it needs one size per rank, e.g. Partition((4,)) for one rank"
     )
 
 
 @pytest.mark.parametrize(("size", "shown"), [(-1, "-1"), (2.0, "2.0"), (True, "True"), (None, "None"), ("3", "'3'")])
-def test_sizes_that_are_no_counts_are_refused(size: object, shown: str) -> None:
-    assert refusal(Partition, (4, size)) == (
+def test_sizes_that_are_no_counts_are_refused(size: Any, shown: str) -> None:
+    assert refusal(lambda: Partition((4, size))) == (
         f"size 1 of Partition((4, {shown})) is {shown}; it has to be an int of at least 0"
     )
 
 
 @pytest.mark.parametrize("make", [Partition.even, Partition.balanced, Partition.chunked])
-def test_totals_and_ranks_that_are_no_counts_are_refused(make: object) -> None:
-    assert refusal(make, -1, 2) == "total is -1; it has to be an int of at least 0"
-    assert refusal(make, 4.0, 2) == "total is 4.0; it has to be an int of at least 0"
-    assert refusal(make, 4, 0) == "ranks is 0; it has to be an int of at least 1"
-    assert refusal(make, 4, True) == "ranks is True; it has to be an int of at least 1"
+def test_totals_and_ranks_that_are_no_counts_are_refused(make: Callable[[Any, Any], Partition]) -> None:
+    assert refusal(lambda: make(-1, 2)) == "total is -1; it has to be an int of at least 0"
+    assert refusal(lambda: make(4.0, 2)) == "total is 4.0; it has to be an int of at least 0"
+    assert refusal(lambda: make(4, 0)) == "ranks is 0; it has to be an int of at least 1"
+    assert refusal(lambda: make(4, True)) == "ranks is True; it has to be an int of at least 1"

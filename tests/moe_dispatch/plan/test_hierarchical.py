@@ -1,11 +1,9 @@
 """Dispatch in two steps equals dispatch in one: the rows bit for bit, outputs and gradients as in the dense layer.
 
-4 ranks are 2 nodes of 2, sometimes 4 of 1 or 1 of 4. Each rank cuts its share of a case by slicing (tests/dense.py).
+4 ranks are 2 nodes of 2, sometimes 4 of 1 or 1 of 4. Each rank cuts its share of a case by slicing (tests/support).
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
@@ -30,7 +28,6 @@ from moe_dispatch.testing import RankPool
 from tests.support.dense import (
     Answer,
     Case,
-    Layout,
     chosen_weights,
     dense_answer,
     differences,
@@ -39,36 +36,11 @@ from tests.support.dense import (
     rank_of_expert,
     through_experts,
 )
+from tests.support.layouts import Layout
+from tests.support.plans import node_groups, sharding_of
+from tests.support.ranks import world
 
 EXCHANGE = "all_to_all_single"
-
-
-def sharding_of(layout: Layout) -> TokenSharding:
-    return TokenSharding(batch=Partition(layout.batch), seq=Partition(layout.seq), order=layout.order)
-
-
-def world() -> dist.ProcessGroup:
-    group = dist.group.WORLD
-    assert group is not None
-    return group
-
-
-@contextmanager
-def node_groups(rank: int, num_nodes: int, in_node: int) -> Iterator[NodeGroups]:
-    """The groups of rank = node * in_node + place, by listing the ranks."""
-    nodes = [list(range(node * in_node, node * in_node + in_node)) for node in range(num_nodes)]
-    columns = [list(column) for column in zip(*nodes, strict=True)]
-    made = {tuple(ranks): dist.new_group(ranks) for ranks in [*columns, *nodes]}
-    inter, intra = (next(group for ranks, group in made.items() if rank in ranks and ranks in wanted)
-                    for wanted in ([*map(tuple, columns)], [*map(tuple, nodes)]))  # fmt: skip
-    assert isinstance(inter, dist.ProcessGroup)
-    assert isinstance(intra, dist.ProcessGroup)
-    try:
-        yield NodeGroups(inter=inter, intra=intra)
-    finally:
-        dist.barrier()
-        for group in {inter, intra}:
-            dist.destroy_process_group(group)
 
 
 class Layer:
@@ -300,119 +272,6 @@ def test_bfloat16_rows_with_float32_weights(rank_pool: RankPool) -> None:
     )
     # Three roundings of half a unit in the last of 8 bits, measured 0.005.
     assert max(max(errors) for errors in rank_pool.run(run_low_precision, 4, case)) < 3 * 2**-8
-
-
-# ---- errors ----------------------------------------------------------------------------------------------
-
-
-Arguments = dict[str, Any]
-Mistake = Callable[[Arguments], Arguments]
-
-
-def good(rank: int, nodes: NodeGroups) -> Arguments:
-    sharding = TokenSharding(batch=2, seq=Partition((3, 0, 3, 0)))
-    shape = (*sharding.local_shape(rank), 2)
-    ids_BlK = torch.arange(shape[0] * shape[1] * 2).view(shape) % 6
-    given = {"expert_BlK": ids_BlK, "weight_BlK": torch.full(shape, 0.5), "dim": 4, "dtype": torch.float32}
-    return given | {"sharding": sharding, "experts": Partition((2, 2, 1, 1)), "nodes": nodes}
-
-
-def id_too_big(given: Arguments) -> Arguments:
-    ids_BlK = given["expert_BlK"].clone()
-    ids_BlK[1, 2, 1] = 6
-    return given | {"expert_BlK": ids_BlK}
-
-
-def nan_weight(given: Arguments) -> Arguments:
-    weight_BlK = given["weight_BlK"].clone()
-    weight_BlK[1, 0, 1] = torch.nan
-    return given | {"weight_BlK": weight_BlK}
-
-
-def another_dim(given: Arguments) -> Arguments:
-    return given | {"dim": 5}
-
-
-def another_dtype(given: Arguments) -> Arguments:
-    return given | {"dtype": torch.bfloat16}
-
-
-def other_experts_elsewhere(given: Arguments) -> Arguments:
-    return given | {"experts": Partition((3, 1, 1, 1))}
-
-
-def another_grid(given: Arguments) -> Arguments:
-    return given | {"sharding": TokenSharding(batch=Partition((2, 0, 2, 0)), seq=3)}
-
-
-def list_of_ids(given: Arguments) -> Arguments:
-    return given | {"expert_BlK": given["expert_BlK"].tolist()}
-
-
-def refusal(given: Arguments) -> str:
-    try:
-        plan_hierarchical(given.pop("expert_BlK"), **given)
-    except ValueError as error:
-        return str(error)
-    return "accepted"
-
-
-def plan_with_mistake(rank: int, mistake: Mistake, culprits: list[int]) -> tuple[str, str]:
-    """The text of the refusal, and that of a call without a mistake after it."""
-    with node_groups(rank, 2, 2) as nodes:
-        given = good(rank, nodes)
-        return refusal(mistake(given) if rank in culprits else given), refusal(good(rank, nodes))
-
-
-@pytest.mark.parametrize(
-    ("mistake", "culprits", "told"),
-    [
-        (id_too_big, [2], "rank 0: between nodes, where rank i is rank 0 + 2 i of all: rank 1: expert id 6 at local"),
-        (nan_weight, [0], "rank 0: between nodes, where rank i is rank 0 + 2 i of all: rank 0: the weight at local"),
-        (list_of_ids, [3], "rank 1: between nodes, where rank i is rank 1 + 2 i of all: rank 1: expert ids are <cl"),
-        (another_dim, [1], "rank 1: between nodes, where rank i is rank 1 + 2 i of all: the ranks disagree about on"),
-        (another_dim, [2, 3], "rank 0: between nodes"),
-        (another_dim, [1, 3], "the ranks disagree about one call (rank [0]: torch.float32, K = 2, dim = 4"),
-        (another_dtype, [0, 2], "the ranks disagree about one call (rank [0]: torch.bfloat16"),
-        (other_experts_elsewhere, [1, 3], "the ranks disagree about one call (rank [0]"),
-        (other_experts_elsewhere, [1], "rank 1: between nodes"),
-        (another_grid, [0, 2], "the ranks disagree about one call (rank [0]"),
-    ],
-)
-def test_one_error_on_every_rank_of_every_node(
-    rank_pool: RankPool, mistake: Mistake, culprits: list[int], told: str
-) -> None:
-    results = rank_pool.run(plan_with_mistake, 4, mistake, culprits)
-    assert len({text for text, _ in results}) == 1
-    assert results[0][0].startswith(told)
-    assert [after for _, after in results] == ["accepted"] * 4
-
-
-def test_mistakes_in_two_columns_are_both_told(rank_pool: RankPool) -> None:
-    ((text, _), *_) = rank_pool.run(plan_with_mistake, 4, list_of_ids, [0, 3])
-    assert text.count("expert ids are <class 'list'>") == 2
-
-
-def refused_before_any_collective(rank: int) -> list[str]:
-    refuse = AssertionError("a collective was called")
-    with node_groups(rank, 2, 2) as nodes, mock.patch.object(dist, EXCHANGE, side_effect=refuse):
-        wrong = (
-            {"sharding": TokenSharding(batch=2, seq=Partition((3, 3)))},
-            {"experts": Partition((6,))},
-            {"nodes": NodeGroups(inter=nodes.intra, intra=nodes.inter)},
-            {"nodes": NodeGroups(inter=nodes.inter, intra=None)},  # type: ignore[arg-type]
-        )
-        return [refusal(good(rank, nodes) | change) for change in wrong]
-
-
-def test_what_every_rank_can_see_is_refused_before_any_collective(rank_pool: RankPool) -> None:
-    for sharding, experts, numbering, group in rank_pool.run(refused_before_any_collective, 4):
-        assert sharding == (
-            "the token sharding describes 2 ranks, but there are 2 nodes of 2 ranks; it needs one piece per rank"
-        )
-        assert experts.startswith("the partition of experts describes 1 ranks")
-        assert "ranks have to be numbered node after node" in numbering
-        assert group.startswith("group is None; pass the process group explicitly")
 
 
 def refused_rows(rank: int, case: Case) -> list[str]:

@@ -3,13 +3,10 @@
 Sizes are the smallest that are enough, one row too few, and with room to spare.
 """
 
-from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -27,24 +24,9 @@ from moe_dispatch import (
 )
 from moe_dispatch.testing import RankPool
 from moe_dispatch.testing.counting import counting, run_backward
-from tests.support.dense import Case, Layout, crossings, make_case, make_cases, rank_of_expert, through_experts
-
-
-def world() -> dist.ProcessGroup:
-    group = dist.group.WORLD
-    assert group is not None
-    return group
-
-
-def enough(case: Case) -> StaticSizes:
-    """The smallest sizes that hold a case, from lists."""
-    pairs = crossings(case.layout, case.experts, case.expert_BLK)
-    rank_of = rank_of_expert(case.experts)
-    rows = [0] * case.layout.ranks
-    for expert in case.expert_BLK.flatten().tolist():
-        if expert >= 0:
-            rows[rank_of[expert]] += 1
-    return StaticSizes(rows_per_pair=max(1, *map(max, pairs)), rows=max(1, *rows))
+from tests.support.dense import Case, make_cases, through_experts
+from tests.support.plans import crowded, enough, sharding_of
+from tests.support.ranks import world
 
 
 class Layer:
@@ -59,7 +41,7 @@ class Layer:
         self.weight_BlK = self.weight_BlK.clone().requires_grad_()
         self.w_eDF = case.w_EDF.split(case.experts)[rank].to(dtype).requires_grad_()
         self.gain_F = torch.ones(case.w_EDF.shape[2], dtype=dtype, requires_grad=True)
-        sharding = TokenSharding(batch=Partition(layout.batch), seq=Partition(layout.seq), order=layout.order)
+        sharding = sharding_of(layout)
         ids, dim, experts = layout.cut(case.expert_BLK)[rank], case.x_BLD.shape[2], Partition(case.experts)
         if sizes is None:
             self.plan: DispatchMetadata = plan_dispatch(
@@ -131,12 +113,6 @@ def test_the_same_rows_and_sums_as_a_counted_plan(rank_pool: RankPool, ranks: in
 
 
 # ---- nothing waits, nothing depends on the ids -----------------------------------------------------------
-
-
-def crowded(ranks: int, seed: int) -> Case:
-    torch.manual_seed(seed)
-    layout = Layout(batch=(2,), seq=(3, 0, 5, 2)[:ranks])
-    return make_case(layout, "holes", experts=(2, 1, 0, 3)[:ranks], num_choices=3, dim=4, width=4)
 
 
 class Copies(TorchDispatchMode):
@@ -216,108 +192,6 @@ def test_nothing_waits_for_the_device_and_no_size_depends_on_the_ids(rank_pool: 
         assert syncs == []
         assert collectives == ["c10d::alltoall_base_"] * 5
         assert shapes == again[2]
-
-
-# ---- what does not hold is told on every rank ------------------------------------------------------------
-
-
-def told(rank: int, change: Callable[[int, dict[str, object]], None], sizes: StaticSizes) -> tuple[str, set[bool]]:
-    """What ``check`` says, and whether outputs are NaN."""
-    case = crowded(3, 5)
-    sharding = TokenSharding(batch=2, seq=Partition(case.layout.seq))
-    arguments: dict[str, object] = {
-        "expert_BlK": case.layout.cut(case.expert_BLK)[rank].clone(),
-        "weight_BlK": torch.ones(*sharding.local_shape(rank), 3),
-        "sizes": sizes,
-        "experts": Partition(case.experts),
-        "dtype": torch.float64,
-    }
-    change(rank, arguments)
-    plan = plan_static(dim=4, sharding=sharding, group=world(), **arguments)  # type: ignore[arg-type]
-    x_MD, weight_M = dispatch(case.layout.cut(case.x_BLD)[rank], arguments["weight_BlK"], plan)  # type: ignore[arg-type]
-    nan = set(combine(x_MD, plan, weight_M).isnan().flatten().tolist())
-    try:
-        plan.check()
-    except ValueError as error:
-        return str(error), nan
-    return "", nan
-
-
-def nothing(rank: int, arguments: dict[str, object]) -> None: ...
-
-
-def id_outside(rank: int, arguments: dict[str, object]) -> None:
-    if rank == 2:
-        arguments["expert_BlK"][0, 0, 0] = 3  # type: ignore[index]
-
-
-def nan_weight(rank: int, arguments: dict[str, object]) -> None:
-    if rank == 0:
-        arguments["weight_BlK"][0, 0, 0] = torch.nan  # type: ignore[index]
-
-
-def other_dtype(rank: int, arguments: dict[str, object]) -> None:
-    if rank == 1:
-        arguments["dtype"] = torch.float32
-
-
-def other_rows(rank: int, arguments: dict[str, object]) -> None:
-    if rank == 1:
-        arguments["sizes"] = StaticSizes(rows_per_pair=10, rows=61)
-
-
-ROOM = StaticSizes(rows_per_pair=10, rows=60)
-TOLD = {
-    "fits": (nothing, ROOM, ""),
-    "id outside": (id_outside, ROOM, "rank 2 has expert ids out of range or NaN weights"),
-    "NaN weight": (nan_weight, ROOM, "rank 0 has expert ids out of range or NaN weights"),
-    "other dtype": (other_dtype, ROOM, "ranks 0 and 1 disagree about K, dim, dtype, sizes, sharding or experts"),
-    "other rows": (other_rows, ROOM, "ranks 0 and 1 disagree about K, dim, dtype, sizes, sharding or experts"),
-}
-
-
-@pytest.mark.parametrize("name", TOLD)
-def test_a_problem_is_told_on_every_rank_and_makes_all_outputs_nan(rank_pool: RankPool, name: str) -> None:
-    change, sizes, text = TOLD[name]
-    for said, nan in rank_pool.run(told, 3, change, sizes):
-        assert said == (text and f"a plan of fixed sizes did not hold, and its outputs are NaN: {text}")
-        assert nan <= {bool(text)}  # a rank without tokens has no outputs
-
-
-@pytest.mark.parametrize("short", ["rows_per_pair", "rows"])
-def test_too_few_rows_are_told_on_every_rank(rank_pool: RankPool, short: str) -> None:
-    fits = enough(crowded(3, 5))
-    for said, nan in rank_pool.run(told, 3, nothing, fits):
-        assert (said, nan - {False}) == ("", set())
-    needed = getattr(fits, short)
-    for fewer in (needed - 1, 1):
-        results = rank_pool.run(told, 3, nothing, replace(fits, **{short: fewer}))
-        assert len({said for said, _ in results}) == 1
-        for said, nan in results:
-            assert said.split(": ")[1].startswith(f"{needed} ")
-            assert f"but {short} is {fewer}; plan with more" in said
-            assert nan <= {True}
-
-
-@pytest.mark.parametrize(
-    ("sizes", "text"),
-    [
-        (StaticSizes(rows_per_pair=0, rows=1), "rows_per_pair is 0; it has to be an int of at least 1"),
-        (StaticSizes(rows_per_pair=1, rows=0), "rows is 0; it has to be an int of at least 1"),
-    ],
-)
-def test_sizes_that_hold_nothing_are_refused(rank_pool: RankPool, sizes: StaticSizes, text: str) -> None:
-    assert rank_pool.run(refused, 2, sizes) == [text, text]
-
-
-def refused(rank: int, sizes: StaticSizes) -> str:
-    sharding = TokenSharding(batch=1, seq=Partition((1, 1)))
-    ids = torch.zeros(1, 1, 1, dtype=torch.int64)
-    try:
-        plan_static(ids, dim=1, sharding=sharding, experts=Partition((1, 1)), group=world(), sizes=sizes)
-    except ValueError as error:
-        return str(error)
-    return "not refused"
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from moe_dispatch import (
@@ -24,6 +23,7 @@ from moe_dispatch import (
     start_dispatch,
 )
 from moe_dispatch.testing import RankPool
+from tests.support.ranks import world
 
 RANKS = 3
 DIM = 4
@@ -80,13 +80,12 @@ class NotedShared(torch.nn.Module):
 
 def events_of_layer(rank: int) -> list[str]:
     """What happens in forward and backward of an MoE layer with shared experts."""
-    world: Any = dist.group.WORLD
     experts, sharding, events = Partition((2, 1, 2)), TokenSharding(batch=2, seq=Partition((3, 0, 2))), []
     moe = MoE(
         router=TopKRouter(DIM, 5, 2, score="sigmoid"),
         experts=GroupedExperts(experts.sizes[rank], DIM, 4),
         partition=experts,
-        group=world,
+        group=world(),
         shared=NotedShared(events),
     )
     x_BlD = torch.randn(*sharding.local_shape(rank), DIM).requires_grad_()
@@ -103,14 +102,13 @@ def test_shared_experts_compute_while_rows_are_on_their_way(rank_pool: RankPool)
 
 
 def made(rank: int) -> tuple[Tensor, Tensor, DispatchMetadata]:
-    world: Any = dist.group.WORLD
     sharding = TokenSharding(batch=2, seq=Partition((3, 0, 2)))
     shape = sharding.local_shape(rank)
     generator = torch.Generator().manual_seed(rank)
     x_BlD = torch.randn(*shape, DIM, generator=generator, dtype=torch.float64).requires_grad_()
     weight_BlK = torch.rand(*shape, 2, generator=generator, dtype=torch.float64).requires_grad_()
     expert_BlK = torch.randint(-1, 5, (*shape, 2), generator=generator)
-    plan = plan_dispatch(expert_BlK, dim=DIM, sharding=sharding, experts=Partition((2, 1, 2)), group=world)
+    plan = plan_dispatch(expert_BlK, dim=DIM, sharding=sharding, experts=Partition((2, 1, 2)), group=world())
     return x_BlD, weight_BlK, plan
 
 

@@ -20,7 +20,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_dispatch import Partition, TokenSharding, combine, dispatch, plan_dispatch
 from moe_dispatch.testing import RankPool
-from tests.support.dense import EXPERTS, Layout, crossings, layouts, make_case
+from tests.support.dense import (
+    crossings,
+    make_case,
+)
+from tests.support.layouts import EXPERTS, Layout, layouts
+from tests.support.plans import sharding_of
+from tests.support.ranks import world
 
 ITERATIONS = 50
 FORWARDS = 100
@@ -69,14 +75,9 @@ class Sizes:
 # ---- cases: what the ranks run -------------------------------------------------------------------------
 
 
-def sharding_of(layout: Layout) -> TokenSharding:
-    return TokenSharding(batch=Partition(layout.batch), seq=Partition(layout.seq), order=layout.order)
-
-
 def record_layer(rank: int, sizes: Sizes) -> tuple[list[Call], list[Call]]:
     """The collectives of one layer's forward and of its backward."""
-    world, sharding = dist.group.WORLD, sharding_of(sizes.layout)
-    assert world is not None
+    sharding = sharding_of(sizes.layout)
     expert_BlK = sharding.shard(sizes.expert_BLK, rank)
     shape = sharding.local_shape(rank)
     x_BlD = torch.ones(*shape, sizes.dim, dtype=sizes.x_dtype, requires_grad=True)
@@ -87,7 +88,7 @@ def record_layer(rank: int, sizes: Sizes) -> tuple[list[Call], list[Call]]:
             dim=sizes.dim,
             sharding=sharding,
             experts=Partition(sizes.experts),
-            group=world,
+            group=world(),
             weight_BlK=weight_BlK,
         )
         x_MD, weight_M = dispatch(x_BlD, weight_BlK, plan)
@@ -118,10 +119,8 @@ class Numbers:
         self.made: list[weakref.ref[Tensor]] = []
 
     def layer(self, pause: float = 0.0) -> Tensor:
-        world = dist.group.WORLD
-        assert world is not None
         time.sleep(pause * random.random())
-        plan = plan_dispatch(self.expert_BlK, dim=5, sharding=self.sharding, experts=self.experts, group=world)
+        plan = plan_dispatch(self.expert_BlK, dim=5, sharding=self.sharding, experts=self.experts, group=world())
         time.sleep(pause * random.random())
         x_MD, weight_M = dispatch(self.x_BlD, self.weight_BlK, plan)
         time.sleep(pause * random.random())

@@ -1,13 +1,12 @@
 """One check of constant size, once per batch, of what no layer can tell: beliefs that change what is sent."""
 
-from typing import Any
-
 import pytest
 import torch
 import torch.distributed as dist
 
 from moe_dispatch import Partition, TokenSharding, agree
 from moe_dispatch.testing import RankPool
+from tests.support.ranks import world
 
 RANKS = 3
 CPU = torch.device("cpu")
@@ -19,14 +18,13 @@ def shards_of(seq: tuple[int, ...]) -> str:
 
 def told(rank: int, facts: list[str], problems: list[str]) -> tuple[str, float]:
     """What ``agree`` says, and a sum over the ranks made after it: the group stays usable."""
-    world: Any = dist.group.WORLD
     text = ""
     try:
-        agree(facts[rank], device=CPU, group=world, problem=problems[rank])
+        agree(facts[rank], device=CPU, group=world(), problem=problems[rank])
     except ValueError as error:
         text = str(error)
     ones = torch.ones(())
-    dist.all_reduce(ones, group=world)
+    dist.all_reduce(ones, group=world())
     return text, ones.item()
 
 

@@ -6,7 +6,6 @@ A row holds (source rank, destination rank, number in that piece), so that a mis
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import product
-from typing import Any
 from unittest import mock
 
 import pytest
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from moe_dispatch import exchange_rows
 from moe_dispatch.testing import RankPool
+from tests.support.ranks import refusal, world
 
 Counts = list[list[int]]  # [source][destination]: rows
 
@@ -83,8 +83,7 @@ def strided(rows_SC: Tensor) -> dict[str, Tensor]:
 
 def exchange_coordinates(rank: int, group: dist.ProcessGroup | None = None) -> list[str]:
     """What went wrong, over all counts, dtypes, memory layouts and row shapes."""
-    group = group or dist.group.WORLD
-    assert group is not None
+    group = group or world()
     failures = []
     for counts, dtype in product(counts_to_try(group.size()), DTYPES):
         sent, received = splits(group.rank(), counts)
@@ -127,10 +126,8 @@ def dense_map(counts: Counts) -> Tensor:
 
 def gradients(rank: int) -> list[str]:
     """Compare output, gradient and the gradient's gradient with the dense map and its transpose."""
-    world = dist.group.WORLD
-    assert world is not None
     failures = []
-    for counts in counts_to_try(world.size()):
+    for counts in counts_to_try(world().size()):
         sent, received = splits(rank, counts)
         all_sent, all_received = [sum(row) for row in counts], [sum(column) for column in zip(*counts, strict=True)]
         e_RS = dense_map(counts)
@@ -138,7 +135,7 @@ def gradients(rank: int) -> list[str]:
         grad_RD = torch.randn(sum(all_received), 5, dtype=torch.float64)
         mine_SD = rows_SD.split(all_sent)[rank].clone().requires_grad_()
         back_RD = grad_RD.split(all_received)[rank].clone().requires_grad_()
-        out_RD = exchange_rows(mine_SD, sent, received, world)
+        out_RD = exchange_rows(mine_SD, sent, received, world())
         (grad_SD,) = torch.autograd.grad(out_RD, mine_SD, back_RD, create_graph=True)
         (again_RD,) = torch.autograd.grad(grad_SD, back_RD, mine_SD.detach())
         wanted_RD = (e_RS @ rows_SD).split(all_received)[rank]
@@ -153,12 +150,10 @@ def gradients(rank: int) -> list[str]:
 
 def backward_without_rows(rank: int) -> tuple[bool, list[float]]:
     """Rank 0 has no rows at all; in backward it still takes part, and later collectives find the ranks in step."""
-    world = dist.group.WORLD
-    assert world is not None
-    counts = [[0 if 0 in (source, to) else 2 for to in range(world.size())] for source in range(world.size())]
+    counts = [[0 if 0 in (source, to) else 2 for to in range(world().size())] for source in range(world().size())]
     sent, received = splits(rank, counts)
     rows_SD = torch.ones(sum(sent), 3, requires_grad=True)
-    out_RD = exchange_rows(rows_SD, sent, received, world)
+    out_RD = exchange_rows(rows_SD, sent, received, world())
     out_RD.sum().backward()
     total = torch.ones(())
     dist.all_reduce(total)
@@ -168,12 +163,10 @@ def backward_without_rows(rank: int) -> tuple[bool, list[float]]:
 
 def strided_gradient(rank: int) -> list[str]:
     """The gradient that arrives is expanded (from a sum) or transposed."""
-    world = dist.group.WORLD
-    assert world is not None
-    counts = counts_to_try(world.size())[0]
+    counts = counts_to_try(world().size())[0]
     sent, received = splits(rank, counts)
     rows_SD = torch.ones(sum(sent), 3, requires_grad=True)
-    out_RD = exchange_rows(rows_SD, sent, received, world)
+    out_RD = exchange_rows(rows_SD, sent, received, world())
     coded_RD = rows_received(rank, counts).to(out_RD.dtype)
     (expanded_SD,) = torch.autograd.grad(out_RD.sum(), rows_SD, retain_graph=True)
     (transposed_SD,) = torch.autograd.grad(out_RD, rows_SD, coded_RD.T.contiguous().T)
@@ -210,29 +203,23 @@ def exchange_alone(rank: int) -> list[str]:
 
 def wrong_calls() -> dict[str, str]:
     """The text of each refusal; no collective is called, so one rank may call alone."""
-    world: Any = dist.group.WORLD
     rows_SD = torch.zeros(3, 2)
     calls: dict[str, Callable[[], Tensor]] = {
         "no group": lambda: exchange_rows(rows_SD, [1, 2], [1, 2], None),  # type: ignore[arg-type]
-        "sent of another length": lambda: exchange_rows(rows_SD, [3], [1, 2], world),
-        "received of another length": lambda: exchange_rows(rows_SD, [1, 2], [3], world),
-        "negative sent": lambda: exchange_rows(rows_SD, [-1, 4], [1, 2], world),
-        "negative received": lambda: exchange_rows(rows_SD, [1, 2], [-1, 2], world),
-        "sum": lambda: exchange_rows(rows_SD, [1, 1], [1, 2], world),
-        "no counts": lambda: exchange_rows(rows_SD, [], [], world),
+        "sent of another length": lambda: exchange_rows(rows_SD, [3], [1, 2], world()),
+        "received of another length": lambda: exchange_rows(rows_SD, [1, 2], [3], world()),
+        "negative sent": lambda: exchange_rows(rows_SD, [-1, 4], [1, 2], world()),
+        "negative received": lambda: exchange_rows(rows_SD, [1, 2], [-1, 2], world()),
+        "sum": lambda: exchange_rows(rows_SD, [1, 1], [1, 2], world()),
+        "no counts": lambda: exchange_rows(rows_SD, [], [], world()),
     }
-    return {name: refusal(call) for name, call in calls.items()}
+    with no_collective():
+        return {name: refusal(call) for name, call in calls.items()}
 
 
 def wrong_calls_alone() -> str:
-    world: Any = dist.group.WORLD
-    return refusal(lambda: exchange_rows(torch.zeros(3, 2), [3], [2], world))
-
-
-def refusal(call: Callable[[], object]) -> str:
-    with no_collective(), pytest.raises(ValueError) as error:  # noqa: PT011  (the caller compares the whole text)
-        call()
-    return str(error.value)
+    with no_collective():
+        return refusal(lambda: exchange_rows(torch.zeros(3, 2), [3], [2], world()))
 
 
 # ---- what the tests ask --------------------------------------------------------------------------------

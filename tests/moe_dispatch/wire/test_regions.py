@@ -12,6 +12,7 @@ from torch import Tensor
 
 from moe_dispatch import Partition, TokenSharding, gather_tokens, place_tokens
 from moe_dispatch.testing import RankPool
+from tests.support.ranks import refusal, world
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,13 +84,12 @@ def test_placed_tokens_sum_to_the_whole(case: Case) -> None:
 
 def gathered(rank: int, case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor, bool]:
     """The whole, the gradient when rank r pulls r + 1 times, and whether a strided input gives the same."""
-    assert dist.group.WORLD is not None
     x_BlD = case.cut(case.whole(), rank).to(dtype).clone().requires_grad_()
-    x_BLD = gather_tokens(x_BlD, sharding=case.sharding, group=dist.group.WORLD)
+    x_BLD = gather_tokens(x_BlD, sharding=case.sharding, group=world())
     (x_BLD * case.whole(start=10).to(dtype) * (rank + 1)).sum().backward()
     assert x_BlD.grad is not None
     strided_BlD = torch.stack([x_BlD.detach(), torch.full_like(x_BlD, torch.nan)], dim=-1).select(-1, 0)
-    again_BLD = gather_tokens(strided_BlD, sharding=case.sharding, group=dist.group.WORLD)
+    again_BLD = gather_tokens(strided_BlD, sharding=case.sharding, group=world())
     return x_BLD.detach(), x_BlD.grad, torch.equal(again_BLD, x_BLD)
 
 
@@ -115,7 +115,6 @@ def test_gathered_tokens_keep_their_dtype(
 
 
 def collectives_of_gather(rank: int) -> list[str]:
-    assert dist.group.WORLD is not None
     calls: list[str] = []
     all_to_all_single = dist.all_to_all_single
 
@@ -127,7 +126,7 @@ def collectives_of_gather(rank: int) -> list[str]:
     x_BlD = case.cut(case.whole(), rank).clone().requires_grad_()
     dist.all_to_all_single = counted
     try:
-        x_BLD = gather_tokens(x_BlD, sharding=case.sharding, group=dist.group.WORLD)
+        x_BLD = gather_tokens(x_BlD, sharding=case.sharding, group=world())
         calls.append("backward")
         x_BLD.sum().backward()
     finally:
@@ -177,30 +176,23 @@ def test_a_shape_that_is_not_the_shard_is_refused(shape: tuple[int, ...], rank: 
         place_tokens(torch.ones(shape), sharding=sharding, rank=rank)
 
 
-def refusal(rank: int, ask: Callable[[int], Any]) -> str:
-    try:
-        ask(rank)
-    except ValueError as error:
-        return str(error)
-    return "no error"
+def refused(rank: int, ask: Callable[[int], Any]) -> str:
+    return refusal(lambda: ask(rank))
 
 
 def gather_a_selection(rank: int) -> None:
-    assert dist.group.WORLD is not None
     sharding = TokenSharding(batch=2, seq=Partition((2, 1, 1))).select((0, 2))
-    gather_tokens(torch.ones(*sharding.local_shape(rank), 3), sharding=sharding, group=dist.group.WORLD)
+    gather_tokens(torch.ones(*sharding.local_shape(rank), 3), sharding=sharding, group=world())
 
 
 def gather_another_shape(rank: int) -> None:
-    assert dist.group.WORLD is not None
     sharding = TokenSharding(batch=2, seq=Partition((2, 1)))
-    gather_tokens(torch.ones(2, 3, 3), sharding=sharding, group=dist.group.WORLD)
+    gather_tokens(torch.ones(2, 3, 3), sharding=sharding, group=world())
 
 
 def gather_in_another_group(rank: int) -> None:
-    assert dist.group.WORLD is not None
     sharding = TokenSharding(batch=2, seq=Partition((2, 1, 1)))
-    gather_tokens(torch.ones(2, 1, 3), sharding=sharding, group=dist.group.WORLD)
+    gather_tokens(torch.ones(2, 1, 3), sharding=sharding, group=world())
 
 
 @pytest.mark.parametrize(
@@ -215,4 +207,4 @@ def gather_in_another_group(rank: int) -> None:
     ],
 )
 def test_what_cannot_be_gathered_is_refused(ask: Callable[[int], Any], text: str, rank_pool: RankPool) -> None:
-    assert rank_pool.run(refusal, 2, ask)[1].startswith(text)
+    assert rank_pool.run(refused, 2, ask)[1].startswith(text)

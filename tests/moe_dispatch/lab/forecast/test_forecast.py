@@ -32,8 +32,9 @@ from moe_dispatch.lab.forecast.demand import counted_demand, expected_demand
 from moe_dispatch.lab.forecast.predict import Crossing, crossing, link_sums, predict
 from moe_dispatch.lab.forecast.traffic import Traffic, Widths, row_per_choice, row_per_node, row_per_rank
 from moe_dispatch.testing import RankPool
-from tests.moe_dispatch.plan.test_hierarchical import node_groups
-from tests.support.dense import Layout, make_case
+from tests.support.dense import make_case
+from tests.support.layouts import Layout
+from tests.support.plans import node_groups
 
 PLANS = Path(__file__).parents[4] / "configs" / "plan"
 Sent = list[list[int]]  # of each collective, bytes to each rank of its group

@@ -1,0 +1,34 @@
+"""Ways to run an MoE layer, with its activations kept or recomputed, and what it remembers."""
+
+import gc
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from moe_dispatch import MoE, TokenSharding
+from moe_dispatch.layer.recompute import ForwardMemory
+
+Run = Callable[[MoE, Tensor, TokenSharding], tuple[Tensor, Tensor]]
+
+
+def plainly(moe: MoE, x_BlD: Tensor, sharding: TokenSharding) -> tuple[Tensor, Tensor]:
+    return moe(x_BlD, sharding=sharding)
+
+
+def recomputed(moe: MoE, x_BlD: Tensor, sharding: TokenSharding) -> tuple[Tensor, Tensor]:
+    return checkpoint(moe, x_BlD, sharding=sharding, use_reentrant=False)  # pyright: ignore[reportReturnType]
+
+
+def recomputed_reentrantly(moe: MoE, x_BlD: Tensor, sharding: TokenSharding) -> tuple[Tensor, Tensor]:
+    def forward(x_BlD: Tensor) -> tuple[Tensor, Tensor]:
+        return moe(x_BlD, sharding=sharding)
+
+    return checkpoint(forward, x_BlD, use_reentrant=True)  # pyright: ignore[reportReturnType]
+
+
+def is_empty(memory: ForwardMemory[Any]) -> bool:
+    if memory._made or memory._recalled:
+        gc.collect()  # a graph may hold itself
+    return not memory._made and not memory._recalled

@@ -1,0 +1,52 @@
+"""What plans of a case are made with: its sharding, sizes that are enough for it, groups of ranks for nodes."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+from moe_dispatch import NodeGroups, Partition, StaticSizes, TokenSharding
+from tests.support.dense import Case, crossings, make_case, rank_of_expert
+from tests.support.layouts import Layout
+
+
+def sharding_of(layout: Layout) -> TokenSharding:
+    """An int where there is one piece, so that both ways to say it are met."""
+    batch, seq = (cut[0] if len(cut) == 1 else Partition(cut) for cut in (layout.batch, layout.seq))
+    return TokenSharding(batch=batch, seq=seq, order=layout.order)
+
+
+@contextmanager
+def node_groups(rank: int, num_nodes: int, in_node: int) -> Iterator[NodeGroups]:
+    """The groups of rank = node * in_node + peer, by listing the ranks."""
+    nodes = [list(range(node * in_node, node * in_node + in_node)) for node in range(num_nodes)]
+    columns = [list(column) for column in zip(*nodes, strict=True)]
+    made = {tuple(ranks): dist.new_group(ranks) for ranks in [*columns, *nodes]}
+    inter, intra = (next(group for ranks, group in made.items() if rank in ranks and ranks in wanted)
+                    for wanted in ([*map(tuple, columns)], [*map(tuple, nodes)]))  # fmt: skip
+    assert isinstance(inter, dist.ProcessGroup)
+    assert isinstance(intra, dist.ProcessGroup)
+    try:
+        yield NodeGroups(inter=inter, intra=intra)
+    finally:
+        dist.barrier()
+        for group in {inter, intra}:
+            dist.destroy_process_group(group)
+
+
+def enough(case: Case) -> StaticSizes:
+    """The smallest sizes that hold a case, from lists."""
+    pairs = crossings(case.layout, case.experts, case.expert_BLK)
+    rank_of = rank_of_expert(case.experts)
+    rows = [0] * case.layout.ranks
+    for expert in case.expert_BLK.flatten().tolist():
+        if expert >= 0:
+            rows[rank_of[expert]] += 1
+    return StaticSizes(rows_per_pair=max(1, *map(max, pairs)), rows=max(1, *rows))
+
+
+def crowded(ranks: int, seed: int) -> Case:
+    torch.manual_seed(seed)
+    layout = Layout(batch=(2,), seq=(3, 0, 5, 2)[:ranks])
+    return make_case(layout, "holes", experts=(2, 1, 0, 3)[:ranks], num_choices=3, dim=4, width=4)
