@@ -1,4 +1,4 @@
-"""flex_attend against scaled_dot_product and against loops over single pairs; with global heads over ranks.
+"""flex_attend against scaled_dot_product and against loops over single pairs.
 
 torch has no backward of FlexAttention on the CPU: under no_grad these tests run FlexAttention itself, else the same
 functions on whole tensors.
@@ -12,15 +12,13 @@ from unittest.mock import patch
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
-from moe_dispatch import Partition, TokenSharding
-from moe_dispatch.testing import RankPool
-from sp_attention import flex_attend, scaled_dot_product, ulysses_attention
+from sp_attention import flex_attend, scaled_dot_product
 from sp_attention.attend import flex
 from sp_attention.reference import reference_attention
+from tests.support.attention.flex import PADDING_BL, slope, tensors
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 0.05}
 # It says that the uncompiled function is slow: that is the point here.
@@ -33,16 +31,6 @@ def mode(request: pytest.FixtureRequest) -> Iterator[AbstractContextManager[None
         yield entered
 
 
-def tensors(
-    queries: int, keys: int, dtype: torch.dtype = torch.float64, heads: tuple[int, int] = (4, 2), v_width: int = 8
-) -> tuple[Tensor, Tensor, Tensor]:
-    draw = torch.Generator().manual_seed(queries)
-    shapes = [(2, queries, heads[0], 8), (2, keys, heads[1], 8), (2, keys, heads[1], v_width)]
-    q, k, v = (torch.randn(shape, generator=draw, dtype=torch.float64).to(dtype) for shape in shapes)
-    return q, k, v
-
-
-PADDING_BL = torch.arange(7) >= torch.tensor([[2], [0]])
 PAIRS_BNLL = torch.arange(2 * 4 * 5 * 7).view(2, 4, 5, 7) % 3 > 0
 OPTIONS: dict[str, dict[str, Any]] = {
     "nothing": {},
@@ -132,13 +120,6 @@ def test_many_lengths_in_one_process() -> None:
             torch.testing.assert_close(got, wanted, rtol=0, atol=1e-6)
 
 
-# ---- score_mod and mask_mod ------------------------------------------------------------------------
-
-
-def slope(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    return score + head * (key - query) * 0.1
-
-
 def soft_cap(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
     return 1.5 * torch.tanh(score / 1.5)
 
@@ -190,9 +171,6 @@ def test_the_attention_is_the_callers() -> None:
         flex_attend(attention=counted)(*tensors(3, 3), is_causal=True)
     assert [call["scale"] for call in calls] == [0.5, None]
     assert [call["block_mask"] is None for call in calls] == [True, False]
-
-
-# ---- gradients -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -254,54 +232,6 @@ def test_low_precision(dtype: torch.dtype, mode: AbstractContextManager[None]) -
     assert out.dtype == dtype
     wanted = scaled_dot_product(q.double(), k.double(), v.double(), is_causal=True)
     torch.testing.assert_close(out.double(), wanted, rtol=0, atol=0.05)
-
-
-# ---- over ranks ------------------------------------------------------------------------------------
-
-
-def world() -> dist.ProcessGroup:
-    group = dist.group.WORLD
-    assert group is not None
-    return group
-
-
-SEQ, HEADS = (3, 0, 4), (5, 5)
-
-
-def over_ranks(rank: int, options: dict[str, Any], attend: Callable[..., Tensor] | None) -> list[Tensor]:
-    """The output and gradients of this rank, with the slopes of global heads."""
-    sharding = TokenSharding(batch=2, seq=Partition(SEQ))
-    inputs = [sharding.shard(x, rank).clone().requires_grad_() for x in tensors(7, 7, heads=HEADS)]
-    attend = attend or flex_attend(score_mod=slope)
-    out = ulysses_attention(*inputs, sharding=sharding, group=world(), attend=attend, **options)
-    return [out.detach(), *torch.autograd.grad(out.square().sum(), inputs)]
-
-
-@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"window": (2, 1), "key_padding_mask": PADDING_BL}])
-def test_heads_are_global_over_ranks(options: dict[str, Any], rank_pool: RankPool) -> None:
-    inputs = [x.requires_grad_() for x in tensors(7, 7, heads=HEADS)]
-    bias = torch.arange(5).view(5, 1, 1) * (torch.arange(7) - torch.arange(7)[:, None]) * 0.1
-    out = reference_attention(*inputs, attn_mask=bias[None].double(), **options)
-    wanted = [out.detach(), *torch.autograd.grad(out.square().sum(), inputs)]
-    parts = rank_pool.run(over_ranks, 3, options, None)
-    for got, whole in zip(zip(*parts, strict=True), wanted, strict=True):
-        torch.testing.assert_close(torch.cat(got, dim=1), whole, rtol=0, atol=1e-5)  # head * 0.1 is float32
-
-
-def refused(rank: int, options: dict[str, Any]) -> str:
-    try:
-        over_ranks(rank, options, None)
-    except ValueError as error:
-        return str(error)
-    return "no error"
-
-
-@pytest.mark.parametrize(
-    ("options", "name"), [({"dropout_p": 0.1}, "dropout"), ({"sinks_N": torch.zeros(5)}, "sinks_n")]
-)
-def test_what_it_cannot_honour_is_refused(options: dict[str, Any], name: str, rank_pool: RankPool) -> None:
-    for text in rank_pool.run(refused, 3, options):
-        assert text.startswith(f"attend 'attend' takes no {name}; give it arguments of these names")
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,8 @@ from torch._dynamo.exc import Unsupported
 from moe_dispatch import Partition, TokenSharding
 from moe_dispatch.testing import RankPool
 from sp_attention import heads_from_tokens, tokens_from_heads, ulysses_attention
-from tests.sp_attention.call.test_ulysses import TOLERANCE, difference, grad_of, leaf, share, world
-
-# ---- cases: what the ranks run -------------------------------------------------------------------------
+from tests.support.ranks import world
+from tests.support.tensors import TOLERANCE, difference, grad_of, leaf, share
 
 
 class Block(nn.Module):
@@ -172,9 +171,6 @@ def in_autocast(rank: int) -> tuple[torch.dtype, bool]:
         wanted = attention(x_BlNH)
         got = torch.compile(attention, fullgraph=True, backend="aot_eager")(x_BlNH)
     return got.dtype, torch.equal(got, wanted)
-
-
-# ---- what the tests ask --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("seq", "heads"), [((3, 4), (3, 1)), ((0, 5), (2, 2)), ((3, 4), (4, 0))])

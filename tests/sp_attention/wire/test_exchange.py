@@ -6,19 +6,20 @@ exchanges can be compared with the slice it has to be: two wrong permutations ca
 
 from collections.abc import Callable
 from itertools import product
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from moe_dispatch import Partition, TokenSharding
 from moe_dispatch.testing import RankPool
 from moe_dispatch.testing.counting import counting
 from sp_attention import heads_from_tokens, tokens_from_heads
+from tests.support.attention.batches import Order
+from tests.support.ranks import world
+from tests.support.tensors import same_bits
 
-Order = Literal["BL", "LB"]
 Sizes = tuple[int, ...]
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8]
 MEMORIES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -28,12 +29,6 @@ MEMORIES: dict[str, Callable[[Tensor], Tensor]] = {
     "every other column": lambda x: torch.stack([x, x + 1], dim=-1)[..., 0],
     "every other token": lambda x: torch.stack([x, x + 1], dim=2).flatten(1, 2)[:, ::2],
 }
-
-
-def world() -> dist.ProcessGroup:
-    group = dist.group.WORLD
-    assert group is not None
-    return group
 
 
 def coded(batch: int, length: int, heads: int, width: int, dtype: torch.dtype = torch.int64) -> Tensor:
@@ -56,19 +51,12 @@ def my_heads(whole_BLNH: Tensor, heads: Sizes, rank: int) -> Tensor:
     return whole_BLNH[:, :, start : start + heads[rank]]
 
 
-def same_bits(got: Tensor, wanted: Tensor) -> bool:
-    return got.dtype == wanted.dtype and got.equal(wanted)
-
-
 def cuts(total: int, ranks: int) -> list[Sizes]:
     """Balanced, everything on the first, on the last, and uneven with an empty piece."""
     balanced = tuple(len(range(rank, total, ranks)) for rank in range(ranks))
     first, last = (total, *[0] * (ranks - 1)), (*[0] * (ranks - 1), total)
     uneven = (total // 3, *[0] * (ranks - 2), total - total // 3) if ranks > 1 else (total,)
     return list(dict.fromkeys([balanced, first, last, uneven]))
-
-
-# ---- cases: what the ranks run -------------------------------------------------------------------------
 
 
 def traded(rank: int, batch: int, seq: Sizes, heads: Sizes, order: Order, width: int = 3) -> list[str]:
@@ -210,9 +198,6 @@ def refusal(call: Callable[[], object]) -> str:
         call()
     assert counts.collectives == []
     return str(error.value)
-
-
-# ---- what the tests ask --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("order", ["BL", "LB"])

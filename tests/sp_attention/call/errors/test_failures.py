@@ -13,7 +13,8 @@ from moe_dispatch import Partition, TokenSharding
 from moe_dispatch.testing import RankPool
 from sp_attention import ulysses_attention
 from sp_attention.call.words import check_words
-from tests.sp_attention.call.test_ulysses import grad_of, leaf, world
+from tests.support.ranks import world
+from tests.support.tensors import grad_of, leaf
 
 SEQ = (2, 3, 2)  # three ranks; batch 2, 2 query heads and one key/value head, widths 6 and 4
 
@@ -61,9 +62,6 @@ FAILURES: dict[str, tuple[Callable[..., object], str]] = {
     "a tuple": (with_statistics, f"attend gave tuple; {WANTED}"),
     "nothing": (nothing, f"attend gave NoneType; {WANTED}"),
 }
-
-
-# ---- cases: what the ranks run -------------------------------------------------------------------------
 
 
 def call(
@@ -134,9 +132,6 @@ class OnCall:
     def __call__(self, q_BLnH: Tensor, k_BLgH: Tensor, v_BLgH: Tensor) -> Tensor:
         self.left -= 1
         return raises(q_BLnH, k_BLgH, v_BLgH) if self.left == -1 else values(q_BLnH, k_BLgH, v_BLgH)
-
-
-# ---- what the tests ask --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("failing", [(0, 2), (2,)])

@@ -1,4 +1,4 @@
-"""Backward on ranks of different fortunes: without heads, with nothing to save, with frozen tensors. Nobody waits."""
+"""A checkpoint on ranks of different fortunes: without heads, with nothing to save, with frozen tensors."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,9 +12,9 @@ from torch.utils.checkpoint import checkpoint
 from moe_dispatch import Partition, TokenSharding
 from moe_dispatch.testing import RankPool
 from sp_attention import scaled_dot_product, ulysses_attention
-from sp_attention.attend.dropout import Dropout
 from sp_attention.wire import exchange
-from tests.sp_attention.call.test_ulysses import grad_of, leaf, world
+from tests.support.ranks import world
+from tests.support.tensors import grad_of, leaf
 
 SEQ = (3, 2, 0)  # and 2 heads: the last rank has neither tokens nor heads
 SHARDING = TokenSharding(batch=2, seq=Partition(SEQ))
@@ -22,6 +22,9 @@ SHARDING = TokenSharding(batch=2, seq=Partition(SEQ))
 
 def saves_nothing(q_BLnH: Tensor, k_BLgH: Tensor, v_BLgH: Tensor) -> Tensor:
     return q_BLnH + (k_BLgH + v_BLgH)
+
+
+# ---- cases: what the ranks run -------------------------------------------------------------------------
 
 
 def leaves_of(rank: int, frozen: bool) -> list[Tensor]:
@@ -53,6 +56,9 @@ def gradients(rank: int, recompute: bool, frozen: bool, attend: Callable[..., Te
     return [grad_of(x) for x in ([options["sinks_N"]] if frozen else leaves)], len(trades)
 
 
+# ---- what the tests ask --------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(
     ("frozen", "attend", "exchanges"),
     [(False, saves_nothing, 5), (False, scaled_dot_product, 5), (True, scaled_dot_product, 4)],
@@ -66,42 +72,3 @@ def test_a_checkpoint_recomputes_on_every_rank_or_on_none(
     for (wanted, _), (got, found) in zip(plain, again, strict=True):
         assert all(map(torch.equal, got, wanted))
         assert found == exchanges
-
-
-@pytest.mark.parametrize("option", ["none", "sinks", "dropout"])
-@pytest.mark.parametrize(("dtype", "mask_dtype"), [(torch.bfloat16, torch.float32), (torch.float32, torch.float64)])
-def test_the_lowest_number_of_a_wider_mask_is_a_no(dtype: torch.dtype, mask_dtype: torch.dtype, option: str) -> None:
-    """As -inf is: a row of it gives 0, and no NaN. It is -inf in the narrower dtype."""
-    torch.manual_seed(0)
-    options: dict[str, Any] = {
-        "none": {},
-        "sinks": {"sinks_n": torch.full((2,), -torch.inf)},
-        "dropout": {"dropout": Dropout(p=0.5)},
-    }[option]
-    q_BLnH, k_BLgH, v_BLgH = (torch.randn(1, 4, 2, 8).to(dtype).requires_grad_() for _ in range(3))
-    found = []
-    for no in (torch.finfo(mask_dtype).min, -torch.inf):
-        mask_LL = torch.zeros(4, 4, dtype=mask_dtype)
-        mask_LL[0], mask_LL[1, 2:] = no, no
-        out_BLnH = scaled_dot_product(q_BLnH, k_BLgH, v_BLgH, attn_mask=mask_LL[None, None], **options)
-        assert not out_BLnH[:, 0].any()
-        found.append([out_BLnH, *torch.autograd.grad(out_BLnH.float().sum(), (q_BLnH, k_BLgH, v_BLgH))])
-    assert all(torch.equal(low, minus_inf) for low, minus_inf in zip(*found, strict=True))
-    assert not any(x.isnan().any() for x in found[0])
-
-
-def tensors_from_numbers(rank: int, heads: int, kv_heads: int, dropout_p: float) -> int:
-    """How often a call makes a tensor from numbers of the host: on CUDA a copy that waits for the device."""
-    sharding = TokenSharding(batch=1, seq=Partition((2, 1, 1, 1)))
-    q_BlNH, k_BlGH, v_BlGH = (torch.randn(*sharding.local_shape(rank), n, 4) for n in (heads, kv_heads, kv_heads))
-    with patch.object(torch, "tensor", side_effect=torch.tensor) as made:
-        ulysses_attention(
-            q_BlNH, k_BlGH, v_BlGH, sharding=sharding, group=world(), is_causal=True, dropout_p=dropout_p
-        )
-    return made.call_count
-
-
-@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (6, 3), (4, 1)])
-def test_nothing_is_copied_to_the_device(rank_pool: RankPool, heads: int, kv_heads: int) -> None:
-    for dropout_p in (0.0, 0.5):
-        assert rank_pool.run(tensors_from_numbers, 4, heads, kv_heads, dropout_p) == [0] * 4

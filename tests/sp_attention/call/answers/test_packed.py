@@ -1,51 +1,30 @@
-"""Packed sequences: nothing crosses a document, padding is nothing, and the work is per document.
+"""Packed sequences: nothing crosses a document, and padding is nothing.
 
 TransformerEngine #2596 (report 4) and the cases near it. Results are compared bit for bit with the same call on what
 must not matter replaced: what padding holds, and what other documents hold.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_dispatch import Partition, TokenSharding
 from moe_dispatch.testing import RankPool
 from sp_attention import ulysses_attention
 from sp_attention.reference import reference_attention
-from tests.sp_attention.call.test_ulysses import (
-    TOLERANCE,
-    Order,
-    difference,
-    grad_of,
-    leaf,
-    same_bits,
-    share,
-    watched,
-    world,
-)
-
-Sizes = tuple[int, ...]
-Spans = list[tuple[int, int]]
+from tests.support.attention.packed import Sizes, Spans, attended, documents, tensors
+from tests.support.attention.whole import Seen, recording
+from tests.support.ranks import world
+from tests.support.tensors import TOLERANCE, Order, difference, grad_of, leaf, same_bits, share
 
 # Documents (real length, slots), padding before the first, inside each, and a tail after the last: 28 tokens.
 # One is all padding, one is empty, two have one token.
 REALS, SLOTS, BEFORE, TAIL = [5, 0, 1, 7, 0, 1], [6, 2, 1, 9, 0, 3], 3, 4
 CUTS = [(7, 7, 7, 7), (28, 0, 0, 0), (0, 3, 0, 25), (4, 5, 1, 18), (1, 9, 0, 18)]
 FILLS = [float("nan"), float("inf"), -float("inf"), 1e30]
-
-
-def documents(reals: list[int], slots: list[int], before: int = 0) -> dict[str, Any]:
-    """cu_seqlens and cu_seqlens_padded."""
-    return {
-        "cu_seqlens": torch.tensor([0, *accumulate(reals)]),
-        "cu_seqlens_padded": torch.tensor([*accumulate(slots, initial=before)]),
-    }
 
 
 def spans_of(options: dict[str, Any]) -> Spans:
@@ -59,24 +38,6 @@ def real_tokens(spans: Spans, length: int) -> Tensor:
     for start, end in spans:
         real_L[start:end] = True
     return real_L
-
-
-def tensors(length: int, heads: int = 4, groups: int = 2, dtype: torch.dtype = torch.float64) -> list[Tensor]:
-    """q, k, v and the gradient of the output: (1, L, heads, width)."""
-    draw = torch.Generator().manual_seed(length)
-    shapes = ((heads, 6), (groups, 6), (groups, 4), (heads, 4))
-    return [
-        torch.randn(1, length, num, width, generator=draw, dtype=torch.float64).to(dtype) for num, width in shapes
-    ]
-
-
-def attended(rank: int, seq: Sizes, whole: list[Tensor], **options: Any) -> list[Tensor]:
-    """This rank's out, dq, dk, dv."""
-    q_BlNH, k_BlGH, v_BlGH = (leaf(share(x, seq, "BL", rank)) for x in whole[:3])
-    sharding = TokenSharding(batch=1, seq=Partition(seq))
-    out_BlNH = ulysses_attention(q_BlNH, k_BlGH, v_BlGH, sharding=sharding, group=world(), **options)
-    out_BlNH.backward(share(whole[3], seq, "BL", rank))
-    return [out_BlNH.detach(), grad_of(q_BlNH), grad_of(k_BlGH), grad_of(v_BlGH)]
 
 
 def wanted_of(rank: int, seq: Sizes, whole: list[Tensor], **options: Any) -> list[Tensor]:
@@ -106,8 +67,9 @@ def poisoned(rank: int, seq: Sizes, fill: float, dtype: torch.dtype) -> list[str
     clean = tensors(sum(seq), dtype=dtype)
     away_L = ~real_tokens(spans_of(options), sum(seq))
     wanted = attended(rank, seq, [filled(x, away_L, 0.0) for x in clean], **options)
-    with watched() as seen:
-        got = attended(rank, seq, [filled(x, away_L, fill) for x in clean], **options)
+    seen: list[Seen] = []
+    attend = recording(seen)
+    got = attended(rank, seq, [filled(x, away_L, fill) for x in clean], attend=attend, **options)
     away_Bl11 = share(away_L[None, :, None, None], seq, "BL", rank)
     failures = different(got, wanted)
     failures += [f"{name} at padding" for name, x in zip(NAMES, got, strict=True) if (x * away_Bl11).any()]
@@ -176,40 +138,6 @@ def lengths_from_step_to_step(rank: int) -> list[str]:
     return failures
 
 
-class Largest(TorchDispatchMode):
-    """The largest tensor, and the largest matrix of scores, that any operation made, forward or backward."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.numel, self.squares = 0, 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for x in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(x, Tensor):
-                self.numel = max(self.numel, x.untyped_storage().nbytes() // x.element_size())
-                if min(x.shape[-2:], default=0) > 8 and x.ndim >= 2:  # wider than a head: queries x keys
-                    self.squares = max(self.squares, x.shape[-1] * x.shape[-2])
-        return result
-
-
-@contextmanager
-def measured() -> Iterator[Largest]:
-    with Largest() as largest:
-        yield largest
-
-
-def memory(rank: int, length: int, document: int) -> tuple[int, int]:
-    """Elements of the largest tensor, and of the largest matrix of scores, for documents of one length."""
-    seq = tuple(Partition.balanced(length, world().size()).sizes)
-    cu_seqlens = torch.arange(0, length + 1, document)
-    sinks_N = torch.zeros(4, dtype=torch.float64, requires_grad=True)  # the softmax by hand: its matrices are seen
-    whole = tensors(length)
-    with measured() as largest:
-        attended(rank, seq, whole, cu_seqlens=cu_seqlens, is_causal=True, sinks_N=sinks_N)
-    return largest.numel, largest.squares
-
-
 # ---- what the tests ask --------------------------------------------------------------------------------
 
 
@@ -272,15 +200,3 @@ def test_nothing_but_padding(rank_pool: RankPool, reals: list[int]) -> None:
 def test_lengths_that_change_from_step_to_step(rank_pool: RankPool) -> None:
     """Invariant 7, B25."""
     assert rank_pool.run(lengths_from_step_to_step, 3) == [[]] * 3
-
-
-def test_memory_grows_with_the_longest_document(rank_pool: RankPool) -> None:
-    """Matrices of scores have the size of a document; everything else grows as the tokens do."""
-    lengths = [256, 512, 1024]
-    (short, *_), (long, *_), (longest, *_) = (rank_pool.run(memory, 2, length, 32) for length in lengths)
-    assert short[1] == long[1] == longest[1] == 32 * 33  # with the sink's column
-    for (smaller, _), (larger, _) in pairwise([short, long, longest]):
-        assert larger <= 2 * smaller
-    (of_one_document, square), *_ = rank_pool.run(memory, 2, 512, 512)
-    assert square == 512 * 513
-    assert of_one_document >= 2 * 512 * 513  # two heads on this rank: what the other cases do not have

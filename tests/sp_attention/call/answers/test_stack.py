@@ -10,7 +10,8 @@ from moe_dispatch import Partition, TokenSharding
 from moe_dispatch.testing import RankPool
 from sp_attention import ulysses_attention
 from sp_attention.reference import reference_attention
-from tests.sp_attention.call.test_ulysses import grad_of, leaf, share, world
+from tests.support.ranks import world
+from tests.support.tensors import grad_of, leaf, share
 
 LAYERS, BATCH, LENGTH, WIDTH = 6, 2, 33, 16
 HEADS = [(4, 1), (4, 4)]  # with one key/value head, its gradient is a sum over the ranks
@@ -36,9 +37,6 @@ def stack(x_BlD: Tensor, weights: list[Tensor], heads: tuple[int, int], attend: 
     return x_BlD
 
 
-# ---- cases: what the ranks run -------------------------------------------------------------------------
-
-
 def shares_of_stack(rank: int, ranks: int, heads: tuple[int, int]) -> list[Tensor]:
     """This rank's output and gradient of the input."""
     sharding = TokenSharding(batch=BATCH, seq=Partition.balanced(LENGTH, ranks))
@@ -59,9 +57,6 @@ def exact_stack(heads: tuple[int, int]) -> list[Tensor]:
     out_BLD = stack(x_BLD, weights, heads, lambda q, k, v: reference_attention(q, k, v, is_causal=True))
     out_BLD.backward(grad_BLD)
     return [out_BLD.detach(), grad_of(x_BLD)]
-
-
-# ---- what the tests ask --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("heads", HEADS)

@@ -3,31 +3,20 @@
 It casts q, k and v, but not float64. A rank without heads never calls it, and has to send and expect the same bytes.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from moe_dispatch.testing import RankPool
-from sp_attention import flex_attend, scaled_dot_product, ulysses_attention
-from tests.sp_attention.call import test_ulysses as test_ulysses_attention
-from tests.sp_attention.call.test_errors import right_call
-from tests.sp_attention.call.test_ulysses import (
-    KINDS,
-    Case,
-    Whole,
-    named_case,
-    same_bits,
-    shares_of,
-    shares_of_ulysses,
-    whole_answer,
-)
-from tests.sp_attention.call.test_ulysses import reference_attention as reference
+from sp_attention import ulysses_attention
+from sp_attention.reference import reference_attention
+from tests.support.attention.case import Case, named_case
+from tests.support.attention.whole import Whole, shares_of, shares_of_ulysses, whole_answer
+from tests.support.attention.wrong_calls import right_call
+from tests.support.tensors import same_bits
 
 SOME = (
     "none",
@@ -53,6 +42,22 @@ def in_autocast(dtype: torch.dtype) -> torch.autocast:
     return torch.autocast("cpu", dtype=dtype)
 
 
+def cast(whole: Whole, dtype: torch.dtype) -> Whole:
+    tensors = {name: getattr(whole, name).to(dtype) for name in ("q_BLNH", "k_BLGH", "v_BLGH", "grad_BLNH")}
+    return replace(whole, **tensors)
+
+
+def near(got: Tensor, wanted: Tensor) -> bool:
+    return got.numel() == 0 or bool(((got.double() - wanted).abs().max() / wanted.abs().max().clamp(min=1)) < 0.03)
+
+
+def bfloat16(arguments: dict[str, Any], names: str) -> dict[str, Any]:
+    return {name: x.bfloat16() for name, x in arguments.items() if name[0] in names and isinstance(x, Tensor)}
+
+
+# ---- cases: what the ranks run -------------------------------------------------------------------------
+
+
 def shares_in_autocast(rank: int, case: Case, whole: Whole, dtype: torch.dtype) -> dict[str, Tensor]:
     """Forward in autocast, backward after it, as training does."""
 
@@ -60,16 +65,7 @@ def shares_in_autocast(rank: int, case: Case, whole: Whole, dtype: torch.dtype) 
         with in_autocast(dtype):
             return ulysses_attention(*qkv, **options)
 
-    with mock.patch.object(test_ulysses_attention, "ulysses_attention", attention):
-        return shares_of_ulysses(rank, case, whole)
-
-
-def cast(whole: Whole, dtype: torch.dtype) -> Whole:
-    tensors = {name: getattr(whole, name).to(dtype) for name in ("q_BLNH", "k_BLGH", "v_BLGH", "grad_BLNH")}
-    return replace(whole, **tensors)
-
-
-# ---- cases: what the ranks run -------------------------------------------------------------------------
+    return shares_of_ulysses(rank, case, whole, attention=attention)
 
 
 def as_if_cast(rank: int, batch: list[Case], dtype: torch.dtype) -> list[str]:
@@ -81,13 +77,9 @@ def as_if_cast(rank: int, batch: list[Case], dtype: torch.dtype) -> list[str]:
         wanted = shares_of_ulysses(rank, case, cast(whole, dtype))
         wanted |= {name: wanted[name].float() for name in ("dq", "dk", "dv")}
         failures += [f"{name}: {case}" for name in got if not same_bits(got[name], wanted[name])]
-        exact = shares_of(whole_answer(reference, cast(whole, torch.float64)), rank, case)
+        exact = shares_of(whole_answer(reference_attention, cast(whole, torch.float64)), rank, case)
         failures += [f"{name} far off: {case}" for name in got if not near(got[name], exact[name])]
     return failures
-
-
-def near(got: Tensor, wanted: Tensor) -> bool:
-    return got.numel() == 0 or bool(((got.double() - wanted).abs().max() / wanted.abs().max().clamp(min=1)) < 0.03)
 
 
 def float64_stays(rank: int, batch: list[Case]) -> list[str]:
@@ -109,10 +101,6 @@ def dropped(rank: int) -> tuple[torch.dtype, bool]:
     with in_autocast(torch.bfloat16):
         got = ulysses_attention(**arguments)
     return got.dtype, torch.equal(got, wanted)
-
-
-def bfloat16(arguments: dict[str, Any], names: str) -> dict[str, Any]:
-    return {name: x.bfloat16() for name, x in arguments.items() if name[0] in names and isinstance(x, Tensor)}
 
 
 def mixed(rank: int) -> tuple[torch.dtype, str]:
@@ -148,31 +136,3 @@ def test_autocast_makes_one_dtype_of_several(rank_pool: RankPool) -> None:
     text = "q, k, v are torch.float32, torch.bfloat16, torch.bfloat16; cast them to one floating-point dtype"
     told = f"rank 0: {text}; rank 1: {text}"
     assert rank_pool.run(mixed, 2) == [(torch.bfloat16, told)] * 2
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
-@pytest.mark.parametrize("kind", [kind for kind in SOME if kind != "cross sinks"])
-def test_the_default_attend_gives_the_dtype_of_torchs(kind: str, dtype: torch.dtype) -> None:
-    case = named_case(1, kind, (5,), num_heads=(4, 2))
-    whole = Whole.of(case, dtype)
-    options = KINDS[kind](case, torch.Generator().manual_seed(0))
-    if "sinks_N" in options:
-        options["sinks_n"] = options.pop("sinks_N")
-    q_BnLH, k_BgLH, v_BgLH = (x.transpose(1, 2) for x in (whole.q_BLNH, whole.k_BLGH, whole.v_BLGH))
-    with in_autocast(torch.bfloat16):
-        wanted = F.scaled_dot_product_attention(q_BnLH, k_BgLH, v_BgLH, enable_gqa=True)
-        got = scaled_dot_product(whole.q_BLNH, whole.k_BLGH, whole.v_BLGH, **options)
-    assert got.dtype == wanted.dtype == (torch.float64 if dtype == torch.float64 else torch.bfloat16)
-
-
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])
-def test_flex_attention_in_autocast(mode: Callable[[], Any]) -> None:
-    """Evaluated on whole tensors, where there are gradients: in float32 inside."""
-    whole = Whole.of(named_case(1, "none", (5,), num_heads=(4, 2)), torch.bfloat16)
-    tensors = whole.q_BLNH, whole.k_BLGH, whole.v_BLGH
-    with mode():
-        wanted = flex_attend()(*tensors, is_causal=True)
-        with in_autocast(torch.bfloat16):
-            got = flex_attend()(*tensors, is_causal=True)
-    assert same_bits(got, wanted)

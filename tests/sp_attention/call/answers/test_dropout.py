@@ -10,8 +10,9 @@ from moe_dispatch import Partition, TokenSharding
 from moe_dispatch.testing import RankPool
 from sp_attention import UlyssesAttention, ulysses_attention
 from sp_attention.reference import reference_attention
-from tests.sp_attention.call.test_errors import right_call
-from tests.sp_attention.call.test_ulysses import TOLERANCE, difference, grad_of, leaf, share, world
+from tests.support.attention.wrong_calls import right_call
+from tests.support.ranks import world
+from tests.support.tensors import TOLERANCE, difference, grad_of, leaf, share
 
 BATCH, LENGTH, HEADS = 2, 12, 4
 
@@ -69,9 +70,6 @@ def patterns_of_calls(rank: int) -> tuple[bool, bool, bool]:
     evaluated_BlNH = module(q, k, v, sharding=arguments["sharding"])
     plain_BlNH = ulysses_attention(q, k, v, sharding=arguments["sharding"], group=world())
     return torch.equal(first, other), torch.equal(first, again), torch.equal(evaluated_BlNH, plain_BlNH)
-
-
-# ---- what the tests ask --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5])

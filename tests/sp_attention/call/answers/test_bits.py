@@ -1,0 +1,104 @@
+"""Where no two ranks share a key/value head, the bits are those of one process."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from moe_dispatch.testing import RankPool
+from sp_attention import scaled_dot_product
+from tests.support.attention.case import Attend, Case, Options, named_case
+from tests.support.attention.drawn import BATCH_OF_CASES, cases_of_every_size, cases_of_ranks
+from tests.support.attention.masks import KINDS
+from tests.support.attention.whole import Whole, shares_of, shares_of_ulysses, whole_answer
+from tests.support.tensors import same_bits
+
+
+def whole_in_one_process(attend: Attend) -> Attend:
+    """``attend`` on whole tensors, document by document where there are some."""
+
+    def call(q_BLNH: Tensor, k_BLGH: Tensor, v_BLGH: Tensor, **options: Any) -> Tensor:
+        named = {"sinks_N": "sinks_n"}
+        options = {named.get(name, name): value for name, value in options.items() if value is not False}
+        ends, starts = options.pop("cu_seqlens", None), options.pop("cu_seqlens_padded", None)
+        if "attn_mask" in options:
+            options["attn_mask"] = options["attn_mask"][(None,) * (4 - options["attn_mask"].ndim)]
+        if ends is None:
+            return attend(q_BLNH, k_BLGH, v_BLGH, **options)
+        out_BLNH = torch.zeros(*q_BLNH.shape[:3], v_BLGH.shape[3], dtype=q_BLNH.dtype)
+        out_BLNH = out_BLNH + sum(x[:, :0].sum() for x in (q_BLNH, k_BLGH, v_BLGH))
+        for start, length in zip((ends if starts is None else starts).tolist(), ends.diff().tolist(), strict=False):
+            real = slice(start, start + length)
+            if length:
+                own = of_document(options, real)
+                out_BLNH[:, real] = attend(q_BLNH[:, real], k_BLGH[:, real], v_BLGH[:, real], **own)
+        return out_BLNH
+
+    return call
+
+
+def of_document(options: Options, real: slice) -> Options:
+    own = dict(options)
+    if "attn_mask" in own:
+        mask = own["attn_mask"]
+        mask = mask[:, :, real] if mask.shape[2] > 1 else mask
+        own["attn_mask"] = mask[..., real] if mask.shape[3] > 1 else mask
+    if "key_padding_mask" in own:
+        own["key_padding_mask"] = own["key_padding_mask"][:, real]
+    return own
+
+
+# ---- cases: what the ranks run -------------------------------------------------------------------------
+
+
+def equal_in_bits(rank: int, batch: list[Case], dtype: torch.dtype) -> list[str]:
+    """What differs, with ``attend`` left out, from the default one on whole tensors."""
+    failures = []
+    for case in batch:
+        whole = Whole.of(case, dtype)
+        wanted = shares_of(whole_answer(whole_in_one_process(scaled_dot_product), whole), rank, case)
+        got = shares_of_ulysses(rank, case, whole)
+        names = [name for name in ("out", "dq", "dk", "dv") if not same_bits(got[name], wanted[name])]
+        failures += [f"{', '.join(names)}: {case}"] * bool(names)
+    return failures
+
+
+# ---- what the tests ask --------------------------------------------------------------------------------
+
+
+def in_bits(pool: RankPool, ranks: int, batch: list[Case], dtype: torch.dtype, timeout: float = 60) -> list[str]:
+    results = pool.run(equal_in_bits, ranks, batch, dtype, timeout=timeout)
+    return [f"rank {rank}: {failure}" for rank, failures in enumerate(results) for failure in failures]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_bit_equal_to_one_process(rank_pool: RankPool, ranks: int, dtype: torch.dtype) -> None:
+    """Invariant 2, where no two ranks share a key/value head, so that nothing is added up in another order: at small,
+    odd widths, and at one that models have."""
+    batch = [case for case in cases_of_ranks(ranks, BATCH_OF_CASES) if not case.shares_a_kv_head][::2]
+    batch += [replace(case, widths=(64, 32)) for case in batch[::8]]
+    assert len({case.kind for case in batch}) > 0.9 * len(KINDS)
+    assert in_bits(rank_pool, ranks, batch, dtype) == []
+
+
+@pytest.mark.parametrize("kind", ["cross", "cross bool", "cross sinks"])
+def test_bit_equal_where_one_head_meets_one_key(rank_pool: RankPool, kind: str) -> None:
+    """A product with one column takes another kernel for one head than for several."""
+    batch = [
+        named_case(2, kind, seq, batch=1, num_heads=(3, 3), widths=widths, kv_seq=(1, 0))
+        for seq in ((34, 33), (9, 7))
+        for widths in ((6, 6), (64, 64))
+    ]
+    assert in_bits(rank_pool, 2, batch, torch.float32) == []
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_bit_equal_for_every_length_and_head_count(rank_pool: RankPool, ranks: int, kind: str) -> None:
+    batch = [case for case in cases_of_every_size(ranks, kind) if not case.shares_a_kv_head]
+    for dtype in (torch.float32, torch.bfloat16):
+        assert in_bits(rank_pool, ranks, batch, dtype, timeout=600) == []

@@ -1,0 +1,146 @@
+"""Ranks that pass different options or shardings are told apart."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from moe_dispatch import Partition, TokenSharding
+from moe_dispatch.testing import RankPool
+from tests.support.attention.wrong_calls import SEQ, Change, documents, mask, right_call, told, works
+
+
+def of_dtype(dtype: torch.dtype) -> Change:
+    return lambda a: {name: a[name].to(dtype) for name in ("q_BlNH", "k_BlGH", "v_BlGH")}
+
+
+def keys_of(seq: tuple[int, ...], ranks: tuple[int, ...] = (0, 1)) -> Change:
+    """A sharding of keys, and keys and values of as many tokens as rank 0 or 1 has in (3, 4)."""
+    return lambda a: {"kv_sharding": TokenSharding(batch=1, seq=Partition(seq)).select(ranks)}
+
+
+def given(**options: Any) -> Change:
+    return lambda a: options
+
+
+# What differs between ranks: (on all of them, on rank 1), and words of either that tell. Of the same sizes: see
+# shard_batch for the others.
+DISAGREEMENTS: dict[str, tuple[Change, Change, tuple[str, str]]] = {
+    "is_causal": (given(), given(is_causal=True), ("; ; one document", "; is_causal True; one document")),
+    "window": (given(window=(2, 0)), given(window=(3, 0)), ("window (2, 0)", "window (3, 0)")),
+    "scale": (given(), given(scale=0.5), ("; ; one document", "scale 0.5")),
+    "dropout_p": (given(), given(dropout_p=0.5), ("; ; one document", "dropout 0.5")),
+    "attn_mask": (given(), given(attn_mask=mask(7, 7)), ("; ; one document", "attn_mask (7, 7) of torch.bool")),
+    "dtype of the mask": (
+        given(attn_mask=mask(7, 7, dtype=torch.float32)),
+        given(attn_mask=mask(7, 7, dtype=torch.bfloat16)),
+        ("attn_mask (7, 7) of torch.float32", "attn_mask (7, 7) of torch.bfloat16"),
+    ),
+    "key_padding_mask": (
+        given(),
+        given(key_padding_mask=mask(1, 7)),
+        ("; ; one document", "key_padding_mask (1, 7) of torch.bool"),
+    ),
+    "sinks_N": (given(), given(sinks_N=torch.zeros(4)), ("; ; one document", "sinks_n (4,) of torch.float32")),
+    "cu_seqlens": (
+        given(**documents([0, 3, 7])),
+        given(**documents([0, 4, 7])),
+        ("ends=(0, 3, 7)", "ends=(0, 4, 7)"),
+    ),
+    "cu_seqlens_padded": (
+        given(**documents([0, 3, 6], [0, 3, 7])),
+        given(**documents([0, 3, 6], [0, 4, 7])),
+        ("starts=(0, 3, 7)", "starts=(0, 4, 7)"),
+    ),
+    "documents or none": (given(), given(**documents([0, 3, 7])), ("one document", "ends=(0, 3, 7)")),
+    "heads of the same size": (
+        given(heads=Partition((2, 2))),
+        given(heads=Partition((1, 3))),
+        ("query heads (2, 2)", "query heads (1, 3)"),
+    ),
+    "key/value heads": (
+        given(),
+        lambda a: {name: a[name][:, :, :1] for name in ("k_BlGH", "v_BlGH")},
+        ("2 key/value heads", "1 key/value heads"),
+    ),
+    "dtype": (of_dtype(torch.bfloat16), of_dtype(torch.float16), ("torch.bfloat16, widths", "torch.float16, widths")),
+    "lengths of keys": (
+        keys_of((3, 4)),
+        keys_of((4, 3), (1, 0)),
+        ("keys (3, 4), shards (0, 1)", "keys (4, 3), shards (1, 0)"),
+    ),
+    "gradients": (
+        given(),
+        lambda a: {"k_BlGH": a["k_BlGH"].clone().requires_grad_()},
+        ("gradients of q, k or v False, of options False", "gradients of q, k or v True, of options False"),
+    ),
+    "gradients of what is learned": (
+        given(sinks_N=torch.zeros(4)),
+        given(sinks_N=torch.zeros(4, requires_grad=True)),
+        ("gradients of q, k or v False, of options False", "gradients of q, k or v False, of options True"),
+    ),
+    "gradients of what is learned only": (
+        given(sinks_N=torch.zeros(4, requires_grad=True)),
+        lambda a: {"q_BlNH": a["q_BlNH"].clone().requires_grad_(), "sinks_N": torch.zeros(4, requires_grad=True)},
+        ("gradients of q, k or v False, of options True", "gradients of q, k or v True, of options True"),
+    ),
+}
+
+
+# ---- cases: what the ranks run -------------------------------------------------------------------------
+
+
+def disagree(rank: int, name: str) -> tuple[str, bool]:
+    arguments, (ours, theirs, _) = right_call(rank, batch=1), DISAGREEMENTS[name]
+    return told(arguments | (theirs if rank else ours)(arguments)), works(rank)
+
+
+def permuted_keys(rank: int) -> tuple[str, bool]:
+    """Keys of equal shards, which rank 1 takes to lie the other way round."""
+    arguments, sharding = right_call(rank), TokenSharding(batch=2, seq=Partition((3, 3)))
+    arguments |= {name: arguments[name][:, :3] for name in ("k_BlGH", "v_BlGH")}
+    return told(arguments | {"kv_sharding": sharding.select((1, 0)) if rank else sharding}), works(rank)
+
+
+def sharding_differs(rank: int) -> tuple[str, bool]:
+    """Rank 1 cuts the sequence otherwise, and has what its own cut gives it."""
+    arguments = right_call(rank)
+    if rank == 1:
+        cut = {name: arguments[name][:, :3] for name in ("q_BlNH", "k_BlGH", "v_BlGH")}
+        arguments |= cut | {"sharding": TokenSharding(batch=2, seq=Partition((4, 3)))}
+    return told(arguments), works(rank)
+
+
+def order_differs(rank: int) -> tuple[str, bool]:
+    """Rank 1 has sequence-first tensors, and says so: the same number of values."""
+    arguments = right_call(rank)
+    if rank == 1:
+        arguments |= {name: arguments[name].transpose(0, 1) for name in ("q_BlNH", "k_BlGH", "v_BlGH")}
+        arguments["sharding"] = TokenSharding(batch=2, seq=Partition(SEQ), order="LB")
+    return told(arguments), works(rank)
+
+
+# ---- what the tests ask --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", DISAGREEMENTS)
+def test_ranks_that_disagree_are_told_apart(rank_pool: RankPool, name: str) -> None:
+    (text, usable), *others = rank_pool.run(disagree, 2, name, timeout=20)
+    ours, theirs = text.split("; rank [1]: ")
+    assert others == [(text, usable)]
+    assert usable
+    assert ours.startswith("the ranks disagree about one call (rank [0]: torch.")
+    assert ", widths (6, 4), query heads (" in ours
+    assert theirs.endswith("; every rank of the group has to pass the same values")
+    assert DISAGREEMENTS[name][2][0] in ours
+    assert DISAGREEMENTS[name][2][1] in theirs
+
+
+@pytest.mark.parametrize("case", [sharding_differs, order_differs, permuted_keys])
+def test_shardings_that_differ_between_ranks(rank_pool: RankPool, case: Callable[[int], tuple[str, bool]]) -> None:
+    """Ranks that expect other sizes of each other, or the same in another order."""
+    (text, usable), *others = rank_pool.run(case, 2, timeout=20)
+    assert others == [(text, usable)]
+    assert usable
+    assert text.startswith("the ranks disagree about one call (rank [0]: torch.float32, ")
