@@ -1,9 +1,13 @@
-# `make validate` and `make test` set up .venv on a fresh machine with Python 3.11; `make check` is what CI runs.
+# Each target but `clean` sets up .venv on a fresh machine with Python 3.11; `make check` is what CI runs.
 PYTHON ?= python3.11
 BIN := .venv/bin
 STAMP := .venv/.installed
+DOCS_STAMP := .venv/.docs_installed
 
-.PHONY: validate test sweep check lint types format coverage clean
+.PHONY: example validate test sweep check docs lint types format clean
+
+example: $(STAMP)
+	$(BIN)/python examples/block.py
 
 validate: $(STAMP)
 	$(BIN)/python -m moe_dispatch validate
@@ -18,6 +22,9 @@ sweep: $(STAMP)
 	$(BIN)/python -m pytest -q -m sweep
 
 check: test lint types
+
+docs: $(DOCS_STAMP)
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet docs docs/_build
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
@@ -35,5 +42,9 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $(STAMP)
 
+$(DOCS_STAMP): $(STAMP)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	touch $(DOCS_STAMP)
+
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis .coverage .coverage.*
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis .coverage .coverage.* docs/_build

@@ -1,31 +1,74 @@
-"""The code of the README runs, computes what it says, and prints what it shows."""
+"""The README is short, shows the examples as they are, and they compute what they say and print what it shows."""
 
+import importlib
 import re
 import subprocess
 import sys
 from copy import deepcopy
-from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
 
 from moe_dispatch import GroupedExperts, Partition, TokenSharding
-from moe_dispatch.lab import cli
 from moe_dispatch.reference import ReferenceMoE
 from moe_dispatch.testing import RankPool
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+from .support.markdown import ROOT, fences
+from .support.ranks import world
+
+README = ROOT / "README.md"
+EXAMPLES = ROOT / "examples"
 
 
-def names_of(blocks: list[str]) -> dict[str, Any]:
-    names: dict[str, Any] = {"__name__": "readme"}
-    exec("\n".join(blocks), names)
-    return names
+@pytest.fixture
+def examples(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """``training_step``, which imports ``block``; ranks import them from the same place."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    return importlib.import_module("training_step")
+
+
+def example(name: str) -> ModuleType:
+    """An example, on a rank that was told where they are."""
+    return importlib.import_module(name)
+
+
+def test_the_readme_is_read_in_one_go() -> None:
+    assert len(README.read_text().splitlines()) < 200
+
+
+def test_the_readme_shows_the_examples_as_they_are() -> None:
+    block, *training_step = fences(README, "python")
+    assert block == (EXAMPLES / "block.py").read_text()
+    assert "\n\n".join(training_step) == (EXAMPLES / "training_step.py").read_text()
+
+
+def test_the_block_prints_what_the_readme_shows() -> None:
+    ran = subprocess.run(
+        [sys.executable, EXAMPLES / "block.py"], capture_output=True, text=True, timeout=300, check=True
+    )
+    assert ran.stdout == fences(README, "text")[0]
+
+
+def test_the_training_step_prints_what_the_readme_shows(rank_pool: RankPool, examples: ModuleType) -> None:
+    lines = rank_pool.run(examples.train, 1, 3) + rank_pool.run(examples.train, 2, 3)
+    assert lines == fences(README, "text")[1].splitlines()
+    assert len({line.partition(":")[2] for line in lines}) == 1  # on 1 rank as on 2
+
+
+@pytest.mark.parametrize(
+    ("page", "name"),
+    [("README.md", "Block"), ("README.md", "SelfAttention"), ("README.md", "Model"), ("docs/layer.md", "moe")],
+)
+def test_plugging_it_in_takes_less_than_20_lines(page: str, name: str) -> None:
+    source = "\n\n\n".join(block.strip() for block in fences(ROOT / page, "python"))
+    (shown,) = [part for part in source.split("\n\n\n") if re.match(rf"(class|def) {name}\b", part)]
+    assert len([line for line in shown.splitlines() if line.strip()]) < 20
+
+
+# ---- what the examples compute -------------------------------------------------------------------------
 
 
 def with_every_expert(mine: GroupedExperts, partition: Partition) -> GroupedExperts:
@@ -37,13 +80,10 @@ def with_every_expert(mine: GroupedExperts, partition: Partition) -> GroupedExpe
     return every
 
 
-def compare_block_and_functions(rank: int) -> None:
-    names, dim = names_of(BLOCKS[:2]), 8
-    group = dist.group.WORLD
-    assert group is not None
-    experts = Partition((2, 1, 3))
+def compare_block(rank: int) -> None:
+    dim, experts = 8, Partition((2, 1, 3))
     sharding = TokenSharding(batch=2, seq=Partition((3, 0, 2)))
-    block = names["Block"](dim, experts, group).double()  # the same seed on every rank, so the same router
+    block = example("block").Block(dim, experts, world()).double()  # the same seed on every rank
     torch.manual_seed(1)
     x_BLD = torch.randn(2, 5, dim, dtype=torch.float64)
     router, shared = deepcopy(block.moe.router), deepcopy(block.moe.shared)
@@ -55,95 +95,28 @@ def compare_block_and_functions(rank: int) -> None:
             assert torch.equal(tensor, of_first)
     assert not torch.equal(every.gate_eDF[0], every.gate_eDF[2])
     reference = ReferenceMoE(router=router, experts=every, shared=shared)
-    normed_BLD = block.norm(x_BLD)
-    wanted_BLD = reference(normed_BLD)[0]
-    x_BlD = sharding.shard(x_BLD, rank)
-    torch.testing.assert_close(block(x_BlD, sharding), sharding.shard(x_BLD + wanted_BLD, rank), rtol=0, atol=1e-12)
-    found_BlD = names["moe"](sharding.shard(normed_BLD, rank), router, block.moe.experts, sharding, experts, group)
-    routed_BLD = wanted_BLD - shared(normed_BLD)
-    torch.testing.assert_close(found_BlD, sharding.shard(routed_BLD, rank), rtol=0, atol=1e-12)
+    wanted_BLD = x_BLD + reference(block.norm(x_BLD))[0]
+    found_BlD, _ = block(sharding.shard(x_BLD, rank), sharding)
+    torch.testing.assert_close(found_BlD, sharding.shard(wanted_BLD, rank), rtol=0, atol=1e-12)
 
 
-def test_the_block_and_the_bare_functions_equal_the_reference(rank_pool: RankPool) -> None:
-    rank_pool.run(compare_block_and_functions, 3)
-
-
-def compare_one_step_and_two(rank: int) -> None:
-    names, group = names_of(BLOCKS), dist.group.WORLD
-    assert group is not None
-    mesh, experts = init_device_mesh("cpu", (2, 2)), Partition((2, 1, 0, 3))
-    sharding = TokenSharding(batch=2, seq=Partition((3, 0, 1, 2)))
-    block = names["Block"](8, experts, group).double()  # the same seed on every rank
-    x_BlD = torch.randn(*sharding.local_shape(rank), 8, dtype=torch.float64)
-    layer = block.moe.router, block.moe.experts, sharding, experts
-    wanted_BlD = names["moe"](x_BlD, *layer, group)
-    torch.testing.assert_close(names["moe_over_nodes"](x_BlD, *layer, mesh), wanted_BlD, rtol=0, atol=1e-12)
-
-
-def compare_fixed_and_counted(rank: int) -> None:
-    names, group = names_of(BLOCKS), dist.group.WORLD
-    assert group is not None
-    experts, sharding = Partition((2, 1, 3)), TokenSharding(batch=2, seq=Partition((3, 0, 2)))
-    block = names["Block"](8, experts, group).double()  # the same seed on every rank
-    x_BlD = torch.randn(*sharding.local_shape(rank), 8, dtype=torch.float64)
-    layer = block.moe.router, block.moe.experts, sharding, experts, group
-    sizes = names["StaticSizes"](rows_per_pair=6, rows=20)
-    found_BlD, plan = names["moe_of_fixed_sizes"](x_BlD, *layer, sizes)
-    plan.check()
-    assert torch.equal(found_BlD, names["moe"](x_BlD, *layer))
-
-
-def test_fixed_sizes_equal_counted_ones(rank_pool: RankPool) -> None:
-    rank_pool.run(compare_fixed_and_counted, 3)
-
-
-def test_two_steps_equal_one(rank_pool: RankPool) -> None:
-    rank_pool.run(compare_one_step_and_two, 4)
-
-
-def test_the_readme_shows_the_plan_as_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["plan"]) == 0
-    printed = "\n".join(line.strip() for line in capsys.readouterr().out.splitlines())
-    shown = next(block for block in README.split("```")[1::2] if "row per node" in block)
-    assert "\n".join(line.strip() for line in shown.strip().splitlines()) in printed
-
-
-def test_the_readme_prints_what_it_shows(tmp_path: Path) -> None:
-    script = tmp_path / "readme.py"
-    script.write_text("\n".join(BLOCKS[:3]))
-    ran = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120, check=True)
-    assert f"```\n{ran.stdout}```" in README
-
-
-@pytest.mark.parametrize("block", [*BLOCKS[:2], BLOCKS[3]])
-def test_plugging_it_in_takes_less_than_20_lines(block: str) -> None:
-    code = [line for line in block.splitlines() if line.strip() and not line.startswith(("import", "from"))]
-    assert len(code) < 20
-
-
-def test_the_readme_names_only_commands_and_files_that_exist() -> None:
-    root = Path(__file__).parents[1]
-    makefile = (root / "Makefile").read_text()
-    for target in set(re.findall(r"make ([a-z]+)", README)):
-        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
-    for name in re.findall(r"\]\(([A-Z]+\.md)\)", README):
-        assert (root / name).is_file(), name
+@pytest.mark.usefixtures("examples")
+def test_the_block_equals_the_reference(rank_pool: RankPool) -> None:
+    rank_pool.run(compare_block, 3)
 
 
 def attend_in_block(rank: int) -> None:
-    names, dim = names_of(BLOCKS), 12
-    group = dist.group.WORLD
-    assert group is not None
-    block = names["SelfAttention"](dim, 6, 2, group).double()  # the same seed on every rank
-    alone = nn.functional.scaled_dot_product_attention
+    dim, alone = 12, nn.functional.scaled_dot_product_attention
+    block = example("training_step").SelfAttention(dim, 6, 2, world()).double()  # the same seed on every rank
     sharding = TokenSharding(batch=2, seq=Partition((3, 0, 4)))
     x_BLD = torch.randn(2, 7, dim, dtype=torch.float64)
     q_BNLH, k_BGLH, v_BGLH = block.qkv(x_BLD).unflatten(-1, (10, -1)).transpose(1, 2).split([6, 2, 2], dim=1)
     whole_BNLH = alone(q_BNLH, k_BGLH, v_BGLH, is_causal=True, enable_gqa=True)
     wanted_BLD = block.out(whole_BNLH.transpose(1, 2).flatten(2))
-    found_BlD = block(sharding.shard(x_BLD, rank), sharding)
+    found_BlD = block(sharding.shard(x_BLD, rank), sharding=sharding)
     torch.testing.assert_close(found_BlD, sharding.shard(wanted_BLD, rank), rtol=0, atol=1e-12)
 
 
-def test_the_attention_block_equals_one_rank(rank_pool: RankPool) -> None:
+@pytest.mark.usefixtures("examples")
+def test_the_attention_layer_equals_one_rank(rank_pool: RankPool) -> None:
     rank_pool.run(attend_in_block, 3)

@@ -635,19 +635,17 @@ def test_repetitions_have_to_be_a_number_above_0(text: str, capsys: pytest.Captu
     assert f"{text!r} is not a whole number above 0" in capsys.readouterr().err
 
 
-def readme_adapter(config: DispatchConfig) -> str:
-    """What is wrong with the adapter that the README shows."""
+def adapter_of_page(config: DispatchConfig) -> str:
+    """What is wrong with the adapter that docs/bench.md shows."""
     group = dist.group.WORLD
     assert group is not None
     names: dict[str, Any] = {}
-    readme = (Path(__file__).parents[4] / "README.md").read_text()
+    page = (Path(__file__).parents[4] / "docs/bench.md").read_text()
     exec("from moe_dispatch import combine, dispatch, plan_dispatch", names)
-    exec(
-        next(block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "class Name" in block), names
-    )
+    exec(next(block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "class Name" in block), names)
     workload = DispatchWorkload.of(config)
     return problem_of(Run(names["Name"](workload, group), workload.case(group.rank())), workload.dtype)
 
 
-def test_the_adapter_of_the_readme_is_right(rank_pool: RankPool) -> None:
-    assert rank_pool.run(readme_adapter, 2, ROUTED) == ["", ""]
+def test_the_adapter_of_the_documentation_is_right(rank_pool: RankPool) -> None:
+    assert rank_pool.run(adapter_of_page, 2, ROUTED) == ["", ""]

@@ -1,0 +1,79 @@
+"""The pages of docs/: their code runs and prints what they show, and what they name exists."""
+
+import importlib
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import moe_dispatch.testing
+from moe_dispatch.lab import cli
+from moe_dispatch.testing import RankPool
+
+from .support.markdown import PAGES, ROOT, anchors, fences, links
+
+WITH_CODE = [page for page in sorted((ROOT / "docs").glob("*.md")) if fences(page, "python")]
+
+
+def module_of_page(page: Path, directory: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The page's code as a module that ranks can import; what it does as a script is its ``main()``."""
+    source = "\n\n".join(fences(page, "python"))
+    name = f"page_{page.stem.replace('-', '_')}"
+    (directory / f"{name}.py").write_text(source.replace('if __name__ == "__main__":', "def main():"))
+    monkeypatch.syspath_prepend(directory)
+    return importlib.import_module(name)
+
+
+@pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: page.stem)
+def test_the_code_of_a_page_prints_what_the_page_shows(
+    page: Path,
+    rank_pool: RankPool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(moe_dispatch.testing, "run_ranks", rank_pool.run)
+    module = module_of_page(page, tmp_path, monkeypatch)
+    if hasattr(module, "main"):
+        module.main()
+    assert capsys.readouterr().out == "".join(fences(page, "text"))
+
+
+def test_pages_show_the_plan_as_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan"]) == 0
+    printed = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    for page in (ROOT / "README.md", ROOT / "docs/planning.md"):
+        shown = [line.strip() for line in page.read_text().splitlines() if line.strip() in printed and line.strip()]
+        assert sum("row per" in line for line in shown) >= 3, page
+        lines = page.read_text().splitlines()
+        assert {line.strip() for line in lines if line.startswith(" 8 x 8")} <= set(printed), page
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in links(page):
+        target, _, anchor = link.partition("#")
+        file = (page.parent / target).resolve() if target else page
+        assert file.exists(), link
+        assert not anchor or anchor in anchors(file), link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_commands_and_files_that_a_page_names_exist(page: Path) -> None:
+    text, makefile = page.read_text(), (ROOT / "Makefile").read_text()
+    for target in re.findall(r"(?:`|\$ )make (?:[A-Z]+=\S+ )?([a-z]+)", text):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+    for name in re.findall(r"`((?:moe_dispatch|sp_attention|tests|configs|examples|docs)/[\w./-]*)`", text):
+        assert (ROOT / name).exists(), name
+    for command in re.findall(r"python -m moe_dispatch (\w+)", text):
+        with pytest.raises(SystemExit, match="0"):
+            cli.main([command, "--help"])
+
+
+def test_the_index_names_every_page() -> None:
+    index = ROOT / "docs/index.md"
+    pages = {page.stem for page in index.parent.glob("*.md")} - {"index"}
+    assert {link.removesuffix(".md") for link in links(index) if link.endswith(".md")} == pages
+    entries = {line for block in fences(index, "{toctree}") for line in block.splitlines() if line[:1].isalpha()}
+    assert entries == pages | {f"api/{page.stem}" for page in (ROOT / "docs/api").glob("*.md")}
