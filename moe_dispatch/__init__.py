@@ -8,17 +8,18 @@ from .layer.router import TopKRouter
 from .layout.mesh import ParallelMesh, build_mesh
 from .layout.partition import Partition
 from .layout.sharding import TokenSharding
-from .plan.counted import DispatchMetadata, plan_dispatch
+from .plan.counted import Counted, plan_dispatch
 from .plan.hierarchical import HierarchicalPlan, NodeGroups, plan_hierarchical
-from .plan.static import StaticPlan, plan_static
-from .plan.static_index import StaticSizes
-from .rows.dispatch import PendingCombine, PendingDispatch, combine, dispatch, start_combine, start_dispatch
-from .rows.hierarchical import combine_hierarchical, dispatch_hierarchical
+from .plan.metadata import DispatchMetadata
+from .plan.static import StaticPlan, StaticSizes, plan_static
+from .rows.combine import combine, start_combine
+from .rows.dispatch import dispatch, start_dispatch
 from .wire.agreement import agree
 from .wire.exchange import exchange_rows
 from .wire.regions import gather_tokens, place_tokens
 
 __all__ = [
+    "Counted",
     "DisagreementError",
     "DispatchMetadata",
     "GroupError",
@@ -28,8 +29,6 @@ __all__ = [
     "NodeGroups",
     "ParallelMesh",
     "Partition",
-    "PendingCombine",
-    "PendingDispatch",
     "RankMistakeError",
     "StaticPlan",
     "StaticSizes",
@@ -40,9 +39,7 @@ __all__ = [
     "agree",
     "build_mesh",
     "combine",
-    "combine_hierarchical",
     "dispatch",
-    "dispatch_hierarchical",
     "exchange_rows",
     "gather_tokens",
     "place_tokens",

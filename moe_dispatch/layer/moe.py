@@ -8,15 +8,19 @@ from torch import Tensor, nn
 
 from ..layout.partition import Partition
 from ..layout.sharding import TokenSharding
-from ..plan.checks import check_plan
-from ..plan.counted import DispatchMetadata, plan_dispatch, refuse_plan
-from ..rows.dispatch import combine, start_dispatch
+from ..plan.counted import Counted
+from ..plan.planner import Plan, Planner
+from ..plan.terms import Terms, check_experts
+from ..rows.combine import combine
+from ..rows.dispatch import start_dispatch
 from ..wire.exchange import check_group
 from ..wire.group_copy import copy_in_group
 from .balance import sum_counts
 from .experts import GroupedExperts
 from .recompute import ForwardMemory, in_backward
 from .router import TopKRouter
+
+COUNTED = Counted()
 
 
 class MoE(nn.Module):
@@ -29,18 +33,22 @@ class MoE(nn.Module):
         group: the expert-parallel process group.
         shared: experts that every token goes to, as one module (..., D) -> (..., D), e.g. :class:`SwiGLU`. They
             compute while rows are on their way to the routed experts, in forward and in backward.
+        planner: the kind of plan: ``Counted()``, a :class:`StaticSizes` (no host sync, fixed sizes), or a
+            :class:`NodeGroups` (between nodes first, then within; ``group`` has the ranks of all nodes, node after
+            node).
 
     Attributes:
         load_E: choices that fell on each expert from this rank's tokens since :meth:`update_bias`; counted in
             training mode, once per forward (a recomputation does not count), and not part of the state dict. It is a
             buffer: pass ``broadcast_buffers=False`` to DistributedDataParallel, which would overwrite the counts.
+        report: what :meth:`check` reads; a buffer that is no part of the state dict either.
 
     Gradients: each rank's loss counts its own tokens; the gradient of a parameter that several ranks hold is the
     *sum* of theirs. Experts need no reduction over ``group``: all of their rows came here.
 
     Raises:
-        ValueError: experts that are not what the partition gives this rank, or a router over another number of
-            experts.
+        ValueError: experts that are not what the partition gives this rank, a router over another number of experts,
+            or a planner for other ranks.
     """
 
     def __init__(
@@ -51,10 +59,12 @@ class MoE(nn.Module):
         partition: Partition,
         group: dist.ProcessGroup,
         shared: nn.Module | None = None,
+        planner: Planner = COUNTED,
     ) -> None:
         super().__init__()
         check_group(group, len(partition), "the partition of experts")
-        check_plan(router.dim, TokenSharding(batch=1, seq=Partition.balanced(0, len(partition))), partition, group)
+        check_experts(partition)
+        planner.check_group(partition, group)
         mine = partition.sizes[group.rank()]
         if router.num_experts != partition.total or experts.num_experts != mine:
             raise ValueError(
@@ -63,17 +73,19 @@ class MoE(nn.Module):
                 "from the partition"
             )
         self.router, self.experts, self.partition, self.group = router, experts, partition, group
-        self.shared = shared
+        self.shared, self.planner = shared, planner
         self.load_E: Tensor
         self.register_buffer("load_E", torch.zeros(partition.total, dtype=torch.int64), persistent=False)
-        self._plans: ForwardMemory[DispatchMetadata] = ForwardMemory()
+        self.report: Tensor
+        self.register_buffer("report", planner.new_report(len(partition)), persistent=False)
+        self._plans: ForwardMemory[Plan] = ForwardMemory()
 
     def forward(self, x_BlD: Tensor, *, sharding: TokenSharding) -> tuple[Tensor, Tensor]:
         """The layer's output and the router's scores.
 
-        Three collectives forward and two backward. Inside ``torch.utils.checkpoint(use_reentrant=False)`` the
-        recomputation takes the plan of its forward: tokens are routed once. A reentrant one, or one with other
-        saved-tensor hooks around the layer, routes them again.
+        Three collectives forward and two backward; six and four with :class:`NodeGroups`. Inside
+        ``torch.utils.checkpoint(use_reentrant=False)`` the recomputation takes the plan of its forward: tokens are
+        routed once. A reentrant one, or one with other saved-tensor hooks around the layer, routes them again.
 
         Args:
             x_BlD: (b, l, D), or (l, b, D), this rank's tokens.
@@ -87,29 +99,32 @@ class MoE(nn.Module):
                 or dtype, a NaN in the routing weights, ranks that disagree about the sharding or about what needs a
                 gradient.
         """
-        problem = self._problem(x_BlD, sharding)
-        if problem:
-            refuse_plan(
-                problem,
-                num_choices=self.router.top_k,
-                device=x_BlD.device,
-                dim=self.router.dim,
-                sharding=sharding,
-                experts=self.partition,
-                group=self.group,
-            )
+        self._check_tokens(x_BlD, sharding)
         scores_BlE = self.router(x_BlD)
         # A rank that takes no part in backward would leave its peers waiting there.
         of_rows = torch.is_grad_enabled() and (x_BlD.requires_grad or scores_BlE.requires_grad)
         of_experts = torch.is_grad_enabled() and any(w.requires_grad for w in self.experts.parameters())
         also = f"gradients of tokens or weights {of_rows}, of experts {of_experts}"
-        metadata = self._plans.recall(lambda: self._plan(scores_BlE.detach(), x_BlD.dtype, sharding, also))
-        weight_BlK = self.router.weigh(scores_BlE, metadata.expert_BlK)
-        rows = start_dispatch(x_BlD, weight_BlK, metadata)
+        terms = self._terms(sharding, x_BlD.dtype, also)
+        plan = self._plans.recall(lambda: self._plan(scores_BlE.detach(), terms))
+        weight_BlK = self.router.weigh(scores_BlE, plan.expert_BlK)
+        rows = start_dispatch(x_BlD, weight_BlK, plan)
         shared_BlD = None if self.shared is None else self.shared(x_BlD)  # while the rows are on their way
         x_MD, weight_M = rows.finish()
-        y_BlD = combine(self.experts(x_MD, metadata.rows_per_expert_e, weight_M), metadata)
+        y_BlD = combine(self.experts(x_MD, plan.rows_per_expert_e, weight_M), plan)
         return y_BlD if shared_BlD is None else y_BlD + shared_BlD, scores_BlE
+
+    def check(self) -> None:
+        """Raise if a plan since the last call was wrong in a way that only the device knew: sizes of a
+        :class:`StaticSizes` that were too small, or what one rank had wrong. Outputs were NaN then. It waits for the
+        device: call it once per step, outside of what a CUDA graph captures. Other planners raise while they plan.
+
+        Raises:
+            StaticSizesError: on every rank of the group, with the same text.
+        """
+        report = self.report.clone()
+        self.report.zero_()
+        self.planner.check_report(report)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """A copy in the same process group."""
@@ -128,30 +143,27 @@ class MoE(nn.Module):
         self.router.update_bias(self.load_E, rate)
         self.load_E.zero_()
 
-    def _plan(self, scores_BlE: Tensor, dtype: torch.dtype, sharding: TokenSharding, also: str) -> DispatchMetadata:
+    def _plan(self, scores_BlE: Tensor, terms: Terms) -> Plan:
         expert_BlK = self.router.choose(scores_BlE)
-        metadata = plan_dispatch(
-            expert_BlK,
-            dim=self.router.dim,
-            sharding=sharding,
-            experts=self.partition,
-            group=self.group,
-            weight_BlK=self.router.weigh(scores_BlE, expert_BlK),
-            dtype=dtype,
-            also=also,
-        )
+        plan = self.planner.plan(expert_BlK, self.router.weigh(scores_BlE, expert_BlK), terms, self.group)
+        plan.add_report(self.report)
         if self.training and not in_backward():
             count_E1 = self.load_E.new_zeros(len(self.load_E) + 1)  # first those of "no expert", id -1
             count_E1.scatter_add_(0, expert_BlK.flatten() + 1, torch.ones_like(expert_BlK).flatten())
             self.load_E += count_E1[1:]
-        return metadata
+        return plan
 
-    def _problem(self, x_BlD: Tensor, sharding: TokenSharding) -> str:
-        check_plan(self.router.dim, sharding, self.partition, self.group)
+    def _terms(self, sharding: TokenSharding, dtype: torch.dtype | None = None, also: str = "") -> Terms:
+        return Terms(sharding=sharding, experts=self.partition, dim=self.router.dim, dtype=dtype, also=also)
+
+    def _check_tokens(self, x_BlD: Tensor, sharding: TokenSharding) -> None:
+        """Raise on every rank unless the tokens are this rank's shard."""
+        terms = self._terms(sharding)
+        terms.check(self.group)
         shape = (*sharding.local_shape(self.group.rank()), self.router.dim)
-        if tuple(x_BlD.shape) == shape and x_BlD.is_floating_point():
-            return ""
-        return (
-            f"x is {tuple(x_BlD.shape)} of {x_BlD.dtype}; its shard in order {sharding.order!r} is {shape}, of a "
-            "floating-point dtype: pass the tokens that the sharding gives this rank"
-        )
+        if tuple(x_BlD.shape) != shape or not x_BlD.is_floating_point():
+            problem = (
+                f"x is {tuple(x_BlD.shape)} of {x_BlD.dtype}; its shard in order {sharding.order!r} is {shape}, of a "
+                "floating-point dtype: pass the tokens that the sharding gives this rank"
+            )
+            self.planner.refuse(problem, terms, self.group, num_choices=self.router.top_k, device=x_BlD.device)

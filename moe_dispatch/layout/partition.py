@@ -1,7 +1,7 @@
 """Consecutive things cut into one piece per rank: tokens, heads, experts."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 
 import torch
@@ -21,11 +21,18 @@ class Partition:
     Args:
         sizes: how many things each rank holds, in rank order.
 
+    Attributes:
+        sizes: as given.
+        offsets: index of each rank's first thing, one per rank.
+        total: of all ranks.
+
     Raises:
         ValueError: no pieces, or a size that is not an int >= 0.
     """
 
     sizes: tuple[int, ...]
+    offsets: tuple[int, ...] = field(repr=False, compare=False)
+    total: int = field(repr=False, compare=False)
 
     def __init__(self, sizes: Iterable[int]) -> None:
         object.__setattr__(self, "sizes", tuple(sizes))
@@ -36,6 +43,9 @@ class Partition:
         for rank, size in enumerate(self.sizes):
             if type(size) is not int or size < 0:  # the whole tuple is text only for an error: it can be long
                 check_count(size, f"size {rank} of Partition({self.sizes})", least=0)
+        # Stored, not recomputed: every call asks for them, and there may be a thousand ranks.
+        object.__setattr__(self, "offsets", tuple(accumulate(self.sizes[:-1], initial=0)))
+        object.__setattr__(self, "total", sum(self.sizes))
 
     @classmethod
     def even(cls, total: int, ranks: int) -> "Partition":
@@ -64,15 +74,6 @@ class Partition:
         check_count(ranks, "ranks", least=1)
         size = -(-total // ranks)
         return cls(min(size, max(0, total - rank * size)) for rank in range(ranks))
-
-    @property
-    def offsets(self) -> tuple[int, ...]:
-        """Index of each rank's first thing, one per rank."""
-        return tuple(accumulate(self.sizes[:-1], initial=0))
-
-    @property
-    def total(self) -> int:
-        return sum(self.sizes)
 
     def __len__(self) -> int:
         return len(self.sizes)

@@ -33,6 +33,16 @@ class TokenSharding:
     A *local token* numbers a rank's tokens in the order of its flattened tensor. A *global token* numbers the whole
     grid: ``row * L + position`` for "BL", ``position * B + row`` for "LB".
 
+    Attributes:
+        batch, seq, order: as given, each as a Partition.
+        rectangles: the rectangle that each rank holds, in the numbering above.
+        num_ranks: shards, one per rank of the group.
+        num_tokens: tokens of the whole grid, B * L.
+        global_shape: (B, L), or (L, B) for order "LB".
+        local_sizes: tokens that each rank holds.
+        local_starts: where each rank's tokens start in a gather over the ranks.
+        num_held: tokens that the ranks hold together: all, unless ranks were selected (:meth:`select`).
+
     Raises:
         ValueError: an unknown order, or a batch or seq that is neither a Partition nor an int >= 0.
     """
@@ -41,6 +51,13 @@ class TokenSharding:
     seq: Partition
     order: Literal["BL", "LB"]
     rectangles: tuple[int, ...]
+    num_ranks: int = field(repr=False, compare=False)
+    num_tokens: int = field(repr=False, compare=False)
+    global_shape: tuple[int, int] = field(repr=False, compare=False)
+    local_sizes: tuple[int, ...] = field(repr=False, compare=False)
+    local_starts: tuple[int, ...] = field(repr=False, compare=False)
+    num_held: int = field(repr=False, compare=False)
+    _pieces: tuple[tuple[int, int], ...] = field(repr=False, compare=False)
     _kept: dict[Hashable, Any] = field(repr=False, compare=False)
 
     def __init__(self, *, batch: Partition | int, seq: Partition | int, order: Literal["BL", "LB"] = "BL") -> None:
@@ -54,8 +71,26 @@ class TokenSharding:
                 cut = Partition((cut,))
             object.__setattr__(self, name, cut)
         object.__setattr__(self, "order", order)
-        object.__setattr__(self, "rectangles", tuple(range(len(self.batch) * len(self.seq))))
-        object.__setattr__(self, "_kept", {})
+        self._hold(tuple(range(len(self.batch) * len(self.seq))))
+
+    def _hold(self, rectangles: tuple[int, ...]) -> None:
+        """Store which rank holds which rectangle, and what follows: asked for in every call, so never recomputed."""
+        rows, length = self.batch.total, self.seq.total
+        width = len(self.seq)
+        pieces = tuple((i // width, i % width) for i in rectangles)
+        local_sizes = tuple(self.batch.sizes[i] * self.seq.sizes[j] for i, j in pieces)
+        for name, value in (
+            ("rectangles", rectangles),
+            ("num_ranks", len(rectangles)),
+            ("num_tokens", rows * length),
+            ("global_shape", (rows, length) if self.order == "BL" else (length, rows)),
+            ("local_sizes", local_sizes),
+            ("local_starts", tuple(accumulate(local_sizes[:-1], initial=0))),
+            ("num_held", sum(local_sizes)),
+            ("_pieces", pieces),
+            ("_kept", {}),
+        ):
+            object.__setattr__(self, name, value)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles leave what is kept behind."""
@@ -68,35 +103,9 @@ class TokenSharding:
             self._kept[key] = make()
         return self._kept[key]
 
-    @property
-    def num_ranks(self) -> int:
-        """Shards that this sharding describes, one per rank of its group."""
-        return len(self.rectangles)
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of the whole grid, B * L."""
-        return self.batch.total * self.seq.total
-
-    @property
-    def local_sizes(self) -> tuple[int, ...]:
-        """Tokens that each rank holds."""
-        return tuple(rows * length for rows, length in map(self._extent, range(self.num_ranks)))
-
-    @property
-    def local_starts(self) -> tuple[int, ...]:
-        """Where each rank's tokens start in a gather over the ranks."""
-        return tuple(accumulate(self.local_sizes[:-1], initial=0))
-
     def local_shape(self, rank: int) -> tuple[int, int]:
         """(b, l), or (l, b) for order "LB"."""
-        rows, length = self._extent(rank)
-        return (rows, length) if self.order == "BL" else (length, rows)
-
-    @property
-    def global_shape(self) -> tuple[int, int]:
-        """(B, L), or (L, B) for order "LB"."""
-        rows, length = self.batch.total, self.seq.total
+        rows, length = self.extent(rank)
         return (rows, length) if self.order == "BL" else (length, rows)
 
     @overload
@@ -106,7 +115,7 @@ class TokenSharding:
     def global_token(self, local_token: int | Tensor, rank: int) -> int | Tensor:
         """Global token of ``local_token`` (an int, or an int64 tensor of any shape) of ``rank``; the same kind
         back. ValueError for an int that the rank does not hold; tensors are not looked into."""
-        (rows, length), (first_row, first_position) = self._extent(rank), self._corner(rank)
+        (rows, length), (first_row, first_position) = self.extent(rank), self.corner(rank)
         if isinstance(local_token, int) and not 0 <= local_token < rows * length:
             raise ValueError(
                 f"local token {local_token} of rank {rank}, which holds {rows * length} tokens, from 0 on"
@@ -147,41 +156,20 @@ class TokenSharding:
 
     def positions(self, rank: int, device: torch.device | str = "cpu") -> Tensor:
         """(t,) position of each of the rank's tokens in its own sequence, as rotary embeddings need it."""
-        rows, length = self._extent(rank)
-        position_l = self._corner(rank)[1] + torch.arange(length, device=device)
+        rows, length = self.extent(rank)
+        position_l = self.corner(rank)[1] + torch.arange(length, device=device)
         return position_l.repeat(rows) if self.order == "BL" else position_l.repeat_interleave(rows)
 
     def rows(self, rank: int, device: torch.device | str = "cpu") -> Tensor:
         """(t,) row of the whole batch of each of the rank's tokens."""
-        rows, length = self._extent(rank)
-        row_b = self._corner(rank)[0] + torch.arange(rows, device=device)
+        rows, length = self.extent(rank)
+        row_b = self.corner(rank)[0] + torch.arange(rows, device=device)
         return row_b.repeat_interleave(length) if self.order == "BL" else row_b.repeat(length)
 
     def tokens(self, rank: int, device: torch.device | str = "cpu") -> Tensor:
         """(t,) global token of each of the rank's tokens, in the order of its flattened tensor."""
-        rows, length = self._extent(rank)
+        rows, length = self.extent(rank)
         return self.global_token(torch.arange(rows * length, device=device), rank)
-
-    def stacked_ranks(self, device: torch.device | str = "cpu") -> Tensor:
-        """(sum of local_sizes,) rank of every held token, rank after rank, as a gather over the ranks delivers
-        them."""
-        sizes = self.local_sizes
-        size_P = torch.tensor(sizes, dtype=torch.int64, device=device)
-        return torch.arange(len(sizes), device=device).repeat_interleave(size_P, output_size=sum(sizes))
-
-    def stacked_tokens(self, device: torch.device | str = "cpu") -> Tensor:
-        """(sum of local_sizes,) global token of every held token, in the order of :meth:`stacked_ranks`."""
-        rank_of_G = self.stacked_ranks(device)
-        outer_of_P, inner_of_P = zip(*(self._corner(rank) for rank in range(self.num_ranks)), strict=True)
-        if self.order == "LB":
-            outer_of_P, inner_of_P = inner_of_P, outer_of_P
-        lengths = [max(self.local_shape(rank)[1], 1) for rank in range(self.num_ranks)]
-        facts_P4 = torch.tensor(
-            list(zip(self.local_starts, lengths, outer_of_P, inner_of_P, strict=True)), device=device
-        )
-        start_G, length_G, outer_G, inner_G = facts_P4.index_select(0, rank_of_G).unbind(1)
-        local_G = torch.arange(len(rank_of_G), device=device) - start_G
-        return (outer_G + local_G // length_G) * self.global_shape[1] + inner_G + local_G % length_G
 
     def shard(self, x: Tensor, rank: int) -> Tensor:
         """This rank's piece, a view, of the whole ``x``: (B, L, ...) or (L, B, ...). ValueError for another shape."""
@@ -190,7 +178,7 @@ class TokenSharding:
                 f"a tensor of shape {tuple(x.shape)} to cut by a sharding of the whole {self.global_shape} in order "
                 f"{self.order!r}; its first two dimensions have to be {self.global_shape}"
             )
-        starts = self._corner(rank) if self.order == "BL" else self._corner(rank)[::-1]
+        starts = self.corner(rank) if self.order == "BL" else self.corner(rank)[::-1]
         for dim, (start, size) in enumerate(zip(starts, self.local_shape(rank), strict=True)):
             x = x.narrow(dim, start, size)
         return x
@@ -222,7 +210,7 @@ class TokenSharding:
         """
         ranks = tuple(ranks)
         for rank in ranks:
-            self._check_rank(rank)
+            self._piece(rank)
         if not ranks or len(set(ranks)) != len(ranks):
             raise ValueError(f"ranks {ranks} selected; name at least one rank, and each once")
         return _rebuilt(self.batch, self.seq, self.order, tuple(self.rectangles[rank] for rank in ranks))
@@ -237,36 +225,34 @@ class TokenSharding:
 
     def check_whole(self, what: str) -> None:
         """Raise ValueError if some token of the grid is held by none of the ranks."""
-        if sum(self.local_sizes) != self.num_tokens:
+        if self.num_held != self.num_tokens:
             raise ValueError(
-                f"{what} needs every token of the grid, but the ranks of this sharding hold {sum(self.local_sizes)} "
+                f"{what} needs every token of the grid, but the ranks of this sharding hold {self.num_held} "
                 f"of {self.num_tokens}; describe the tokens that this group holds, not a selection of a larger mesh"
             )
 
-    def _check_rank(self, rank: int) -> None:
+    def extent(self, rank: int) -> tuple[int, int]:
+        """(rows, positions) of the rank's rectangle, for either order."""
+        i, j = self._piece(rank)
+        return self.batch.sizes[i], self.seq.sizes[j]
+
+    def corner(self, rank: int) -> tuple[int, int]:
+        """(row, position) of the rank's first token, for either order."""
+        i, j = self._piece(rank)
+        return self.batch.offsets[i], self.seq.offsets[j]
+
+    def _piece(self, rank: int) -> tuple[int, int]:
+        """Which piece of the batch and which of the sequence the rank holds."""
         if not 0 <= rank < self.num_ranks:
             raise ValueError(
                 f"rank {rank} of a sharding over {self.num_ranks} ranks; it has to be 0 to {self.num_ranks - 1}"
             )
-
-    def _piece(self, rank: int) -> tuple[int, int]:
-        self._check_rank(rank)
-        return divmod(self.rectangles[rank], len(self.seq))
-
-    def _extent(self, rank: int) -> tuple[int, int]:
-        """(rows, positions) of the rank's rectangle."""
-        i, j = self._piece(rank)
-        return self.batch.sizes[i], self.seq.sizes[j]
-
-    def _corner(self, rank: int) -> tuple[int, int]:
-        """(row, position) of the rank's first token."""
-        i, j = self._piece(rank)
-        return self.batch.offsets[i], self.seq.offsets[j]
+        return self._pieces[rank]
 
 
 def _rebuilt(
     batch: Partition, seq: Partition, order: Literal["BL", "LB"], rectangles: tuple[int, ...]
 ) -> TokenSharding:
     sharding = TokenSharding(batch=batch, seq=seq, order=order)
-    object.__setattr__(sharding, "rectangles", rectangles)
+    sharding._hold(rectangles)
     return sharding

@@ -1,55 +1,31 @@
-"""The plan of a dispatch in two steps, first between nodes and then inside: ``plan_dispatch`` twice.
+"""The plan of a dispatch in two steps, first between nodes and then within: a counted plan twice.
 
-P ranks are N nodes of R, numbered node after node: rank = node * R + place. A *column* is the ranks of one place, one
-per node. *Between* nodes, a plan over the column, in which a node owns the experts of its ranks, brings each token
-once to every node that needs it, to the rank of its own place there. *Within* the node, a plan over the node's ranks
-brings the tokens that came to their experts. Each rank of a node learns all choices that fell on the node, in
-messages whose size the sharding tells; the flat plan sends them between nodes R times as often.
+P ranks are N nodes of R, numbered node after node: rank = node * R + local rank. A *column* is the ranks of one local
+rank, one per node. *Between* nodes, a plan over the column brings each token once to every node that needs it, to the
+same local rank there; a node owns the experts of its ranks. *Within* the node, a plan over its ranks brings the
+tokens that came to their experts. Each rank of a node learns all choices that fell on the node, in messages whose
+size the sharding tells; the flat plan sends them between nodes R times as often.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..errors import GroupError
 from ..layout.partition import Partition
 from ..layout.sharding import TokenSharding
 from ..wire.exchange import check_group
-from .counted import DispatchMetadata, plan_dispatch, refuse_plan
-from .group_tokens import facts_of
-from .row_index import inverse
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NodeGroups:
-    """The two process groups of a rank, as a DeviceMesh of (nodes, ranks per node) has them.
-
-    Attributes:
-        inter: the ranks of this rank's column, in the order of their nodes.
-        intra: the ranks of this rank's node, in the order of their places.
-    """
-
-    inter: dist.ProcessGroup
-    intra: dist.ProcessGroup
-
-    @property
-    def num_ranks(self) -> int:
-        return self.inter.size() * self.intra.size()
-
-    @property
-    def rank(self) -> int:
-        """This rank's number among all."""
-        return self.inter.rank() * self.intra.size() + self.intra.rank()
-
-    def column(self, place: int) -> range:
-        """The ranks of one place."""
-        return range(place, self.num_ranks, self.intra.size())
-
-    def node(self, node: int) -> range:
-        """The ranks of one node."""
-        return range(node * self.intra.size(), (node + 1) * self.intra.size())
+from .counted import Counted
+from .ids.checks import expected_message
+from .metadata import DispatchMetadata
+from .node_pieces import NodePieces, tokens_that_came, within_of_came
+from .terms import Terms
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,9 +39,24 @@ class HierarchicalPlan:
             then choice.
     """
 
-    nodes: NodeGroups
+    nodes: "NodeGroups"
     between: DispatchMetadata
     within: DispatchMetadata
+
+    @property
+    def rank(self) -> int:
+        """This rank among all."""
+        return self.nodes.rank
+
+    @property
+    def local_shape(self) -> tuple[int, int, int]:
+        """(b, l, D), or (l, b, D) for order "LB": the shape of this rank's tokens."""
+        return self.between.local_shape
+
+    @property
+    def expert_BlK(self) -> Tensor:
+        """The ids that the plan was made from."""
+        return self.between.expert_BlK
 
     @property
     def rows_per_expert_e(self) -> Tensor:
@@ -77,8 +68,132 @@ class HierarchicalPlan:
         """(M,) global token of each row."""
         return self.within.token_of_row_M
 
+    def add_report(self, report: Tensor) -> None:
+        """Nothing: this plan was checked when it was made."""
 
-@torch.no_grad()
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeGroups:
+    """The two process groups of a rank, as a DeviceMesh of (nodes, ranks per node) has them: the planner of
+    :func:`plan_hierarchical`, for :class:`MoE`.
+
+    Attributes:
+        inter: the ranks of this rank's column, in the order of their nodes.
+        intra: the ranks of this rank's node, in the order of their local ranks.
+
+    Raises:
+        ValueError: no process groups, or groups that do not number ranks node after node. By the ranks that see it,
+            before any collective.
+    """
+
+    inter: dist.ProcessGroup
+    intra: dist.ProcessGroup
+
+    def __post_init__(self) -> None:
+        for group in (self.inter, self.intra):
+            check_group(group, group.size() if isinstance(group, dist.ProcessGroup) else 0, "a node")
+        in_node, in_column = (dist.get_process_group_ranks(group) for group in (self.intra, self.inter))
+        span, ascending = in_node[-1] - in_node[0], in_node == sorted(in_node)
+        if not ascending or any(later - first <= span for first, later in pairwise(in_column)):
+            raise ValueError(
+                f"a node of the ranks {in_node} and a column of the ranks {in_column}; ranks have to be numbered "
+                "node after node, as the dimensions of a DeviceMesh (nodes, ranks per node) are: inter is its first, "
+                "intra its second"
+            )
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks of all nodes."""
+        return self.inter.size() * self.intra.size()
+
+    @property
+    def rank(self) -> int:
+        """This rank's number among all."""
+        return self.inter.rank() * self.intra.size() + self.intra.rank()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "NodeGroups":
+        """Itself: a process group cannot be copied, and a copied layer stays in its groups."""
+        return self
+
+    def check_group(self, experts: Partition, group: dist.ProcessGroup) -> None:
+        """ValueError unless ``group`` has the ranks of these nodes, in the same order."""
+        check_group(group, self.num_ranks, "the nodes of a hierarchical plan")
+        if group.rank() != self.rank:
+            raise ValueError(
+                f"rank {group.rank()} of the group is rank {self.rank} of the nodes; pass the group whose ranks are "
+                "numbered node after node"
+            )
+
+    def new_report(self, ranks: int) -> Tensor:
+        """Empty: what is wrong is raised while planning."""
+        return torch.zeros(0, dtype=torch.int64)
+
+    def check_report(self, report: Tensor) -> None:
+        """Nothing to check."""
+
+    @torch.no_grad()
+    def plan(
+        self, expert_BlK: Tensor, weight_BlK: Tensor | None, terms: Terms, group: dist.ProcessGroup
+    ) -> HierarchicalPlan:
+        """See :func:`plan_hierarchical`; ``group``, of all ranks, is not communicated over."""
+        return self.plan_nodes(expert_BlK, weight_BlK, terms)
+
+    @torch.no_grad()
+    def plan_nodes(self, expert_BlK: Tensor, weight_BlK: Tensor | None, terms: Terms) -> HierarchicalPlan:
+        """See :func:`plan_hierarchical`."""
+        num_choices, device = expected_message(expert_BlK, weight_BlK)
+        pieces = self._pieces(terms, device)
+        of_column, of_node = self._terms_of_steps(terms, pieces, num_choices)
+        with self._told_to_the_node(of_node, num_choices, device):
+            between = Counted().plan(expert_BlK, weight_BlK, of_column, self.inter)
+        came = tokens_that_came(between, pieces)
+        of_all = Counted().plan(came.expert_GK.unsqueeze(0), None, of_node, self.intra)
+        return HierarchicalPlan(nodes=self, between=between, within=within_of_came(of_all, came, pieces))
+
+    @torch.no_grad()
+    def refuse(
+        self, problem: str, terms: Terms, group: dist.ProcessGroup, *, num_choices: int, device: torch.device
+    ) -> NoReturn:
+        """Take this rank's part in a plan that it cannot make, and raise ``problem`` on every rank of every node."""
+        of_column, of_node = self._terms_of_steps(terms, self._pieces(terms, device), num_choices)
+        with self._told_to_the_node(of_node, num_choices, device):
+            Counted().refuse(problem, of_column, self.inter, num_choices=num_choices, device=device)
+
+    def _pieces(self, terms: Terms, device: torch.device) -> NodePieces:
+        shape = f"{self.inter.size()} nodes of {self.intra.size()} ranks"
+        held = (("the token sharding", terms.sharding.num_ranks), ("the partition of experts", len(terms.experts)))
+        for what, ranks in held:
+            if ranks != self.num_ranks:
+                raise ValueError(
+                    f"{what} describes {ranks} ranks, but there are {shape}; it needs one piece per rank"
+                )
+        return NodePieces.of(
+            terms.sharding,
+            terms.experts,
+            num_nodes=self.inter.size(),
+            node=self.inter.rank(),
+            local_rank=self.intra.rank(),
+            device=device,
+        )
+
+    def _terms_of_steps(self, terms: Terms, pieces: NodePieces, num_choices: int) -> tuple[Terms, Terms]:
+        """Between nodes and within. Both tell the facts of the whole: sums of other experts may be the same."""
+        facts = terms.facts(num_choices)
+        between = replace(terms, sharding=pieces.column, experts=pieces.experts_of_nodes, of_whole=facts)
+        within = replace(terms, sharding=pieces.tokens_of_node, experts=pieces.held, dtype=None, of_whole=facts)
+        return between, within
+
+    @contextmanager
+    def _told_to_the_node(self, of_node: Terms, num_choices: int, device: torch.device) -> Iterator[None]:
+        """An error of this column, the same on all of its ranks, becomes one of each of their nodes."""
+        try:
+            yield
+        except GroupError as error:
+            place = f"rank {self.intra.rank()} + {self.intra.size()} i"
+            problem = f"between nodes, where rank i is {place} of all: {error}"
+            Counted().refuse(problem, of_node, self.intra, num_choices=num_choices, device=device)
+
+
 def plan_hierarchical(
     expert_BlK: Tensor,
     *,
@@ -89,8 +204,8 @@ def plan_hierarchical(
     weight_BlK: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> HierarchicalPlan:
-    """Plan which rows go where, between nodes and within. Two collectives of known size, the routing over the column
-    and that over the node, and a copy to the host after each.
+    """Plan which rows go where, between nodes and within. Two collectives of known size, the ids over the column and
+    those over the node, and a copy to the host after each.
 
     Args:
         expert_BlK, dim, weight_BlK, dtype: as in :func:`plan_dispatch`.
@@ -99,167 +214,12 @@ def plan_hierarchical(
         nodes: this rank's two groups.
 
     Raises:
-        ValueError: the same text on every rank of every node, and before any row moves: whatever one rank has wrong
-            that :func:`plan_dispatch` reports, and ranks that disagree about dim, dtype, experts, sharding or K.
-            Sizes that do not fit the groups, and groups of this rank that do not number ranks node after node, are
-            refused before any collective, by the ranks that see it. Beliefs that change how much is sent break the
-            backend, as in :func:`plan_dispatch`.
+        RankMistakeError: on every rank of every node, and before any row moves: whatever one rank has wrong that
+            :func:`plan_dispatch` reports, or ranks of a column that disagree.
+        DisagreementError: on every rank: ranks of a node disagree about dim, dtype, experts, sharding or K.
+        ValueError: numbers of ranks that do not fit, before any collective.
+
+    What changes how much a rank sends breaks the backend, as in :func:`plan_dispatch`.
     """
-    _check_groups(sharding, experts, nodes)
-    pieces = _Pieces.of(sharding, experts, nodes)
-    is_tensor = isinstance(expert_BlK, Tensor)
-    num_choices = max(expert_BlK.shape[-1], 1) if is_tensor and expert_BlK.ndim else 1
-    facts = facts_of(num_choices, dim, sharding, experts, dtype)
-    try:
-        between = plan_dispatch(
-            expert_BlK,
-            dim=dim,
-            sharding=pieces.column,
-            experts=pieces.nodes_experts,
-            group=nodes.inter,
-            weight_BlK=weight_BlK,
-            dtype=dtype,
-            facts=facts,
-        )
-    except ValueError as error:  # the same in all of the column; the node's other ranks have to learn of it
-        refuse_plan(
-            f"between nodes, where rank i is rank {nodes.intra.rank()} + {nodes.intra.size()} i of all: {error}",
-            num_choices=num_choices,
-            device=expert_BlK.device if is_tensor else torch.device("cpu"),
-            dim=dim,
-            sharding=pieces.all_of_node,
-            experts=pieces.held,
-            group=nodes.intra,
-        )
-        raise  # not reached: refuse_plan raises
-    came = _TokensOfNode.of(between, pieces.arriving[nodes.intra.rank()])
-    plan = plan_dispatch(
-        came.expert_GK.unsqueeze(0),
-        dim=dim,
-        sharding=pieces.all_of_node,
-        experts=pieces.held,
-        group=nodes.intra,
-        facts=facts,
-    )
-    return HierarchicalPlan(nodes=nodes, between=between, within=_renumbered(plan, came, pieces))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Pieces:
-    """What both plans are made over: the same for all layers of a step. Kept by the sharding of all ranks, so that
-    what its pieces keep (``Grid``) is made once too.
-
-    Attributes:
-        column: the tokens of this rank's column.
-        nodes_experts: the experts of each node.
-        arriving: the tokens of each of the columns, in the order in which they arrive from between nodes.
-        all_of_node: those of all columns, as the tokens of this node.
-        mine: the experts of this node's ranks.
-        held: the same, but one that nobody chooses for a node without: it owes its part in the exchange too.
-    """
-
-    column: TokenSharding
-    nodes_experts: Partition
-    arriving: tuple[TokenSharding, ...]
-    all_of_node: TokenSharding
-    mine: Partition
-    held: Partition
-
-    @classmethod
-    def of(cls, sharding: TokenSharding, experts: Partition, nodes: NodeGroups) -> "_Pieces":
-        key = (cls, experts, nodes.inter.size(), nodes.intra.size(), nodes.rank)
-        return sharding.keep(key, lambda: cls._made(sharding, experts, nodes))
-
-    @classmethod
-    def _made(cls, sharding: TokenSharding, experts: Partition, nodes: NodeGroups) -> "_Pieces":
-        per_node = [Partition(experts.sizes[rank] for rank in nodes.node(node)) for node in range(nodes.inter.size())]
-        columns = [sharding.select(nodes.column(place)) for place in range(nodes.intra.size())]
-        home = nodes.inter.rank()  # this node's own tokens come last
-        order = [*(node for node in range(nodes.inter.size()) if node != home), home]
-        mine = per_node[home]
-        return cls(
-            column=columns[nodes.intra.rank()],
-            nodes_experts=Partition(of_node.total for of_node in per_node),
-            arriving=tuple(column.select(order) for column in columns),
-            all_of_node=TokenSharding(batch=1, seq=Partition(sum(column.local_sizes) for column in columns)),
-            mine=mine,
-            held=mine if mine.total else Partition((1, *mine.sizes[1:])),
-        )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _TokensOfNode:
-    """What the plan between nodes says of the tokens that came.
-
-    G: tokens of the column, in the order in which they arrive. R: those that came.
-    """
-
-    g_of_received_R: Tensor
-    expert_GK: Tensor  # of my node, counted from its first; -1 for choices elsewhere
-
-    @classmethod
-    def of(cls, between: DispatchMetadata, column: TokenSharding) -> "_TokensOfNode":
-        device, num_choices = between.expert_BlK.device, between.expert_BlK.shape[2]
-        token_of_received_R = torch.zeros(sum(between.rows_received), dtype=torch.int64, device=device)
-        token_of_received_R[between.received_of_row_M] = between.token_of_row_M
-        rank_of_received_R, local_token_R = column.locate(token_of_received_R)
-        offsets = torch.tensor(column.local_starts, dtype=torch.int64, device=device)
-        g_of_received_R = offsets[rank_of_received_R] + local_token_R
-        expert_GK = torch.full((sum(column.local_sizes), num_choices), -1, dtype=torch.int64, device=device)
-        expert_GK[g_of_received_R[between.received_of_row_M], between.choice_of_row_M] = _expert_of_row(between)
-        return cls(g_of_received_R=g_of_received_R, expert_GK=expert_GK)
-
-    @property
-    def received_of_G(self) -> Tensor:
-        """(G,) the inverse; 0 for tokens that did not come."""
-        received_of_G = torch.zeros_like(self.expert_GK[:, 0])
-        received_of_G[self.g_of_received_R] = torch.arange(len(self.g_of_received_R), device=received_of_G.device)
-        return received_of_G
-
-
-def _renumbered(plan: DispatchMetadata, came: _TokensOfNode, pieces: _Pieces) -> DispatchMetadata:
-    """The plan inside a node, of all tokens of its columns, as one of the tokens that came, rows in global order."""
-    columns, device = pieces.arriving, came.expert_GK.device
-    token_of_row_M = torch.cat([column.stacked_tokens(device) for column in columns])[plan.token_of_row_M]
-    # As flat: by expert, then global token; a stable sort leaves the choices of a token in order.
-    old_of_row_M = (_expert_of_row(plan) * columns[0].num_tokens + token_of_row_M).argsort(stable=True)
-    row_of_old_M = inverse(old_of_row_M)
-    return replace(
-        plan,
-        local_shape=(1, len(came.g_of_received_R), plan.local_shape[2]),
-        expert_BlK=came.expert_GK[came.g_of_received_R].unsqueeze(0),
-        experts=pieces.mine,
-        rows_per_expert_e=plan.rows_per_expert_e[: pieces.mine.sizes[plan.rank]].clone(),
-        token_of_row_M=token_of_row_M[old_of_row_M],
-        received_of_row_M=plan.received_of_row_M[old_of_row_M],
-        choice_of_row_M=plan.choice_of_row_M[old_of_row_M],
-        row_of_entry_M=row_of_old_M[plan.row_of_entry_M],
-        token_of_sent_S=came.received_of_G[plan.token_of_sent_S],
-        first_entry_t=plan.first_entry_t[came.g_of_received_R],
-    )
-
-
-def _expert_of_row(plan: DispatchMetadata) -> Tensor:
-    """(M,) expert of each row, counted from the first one here."""
-    rows_e = plan.rows_per_expert_e
-    return torch.arange(len(rows_e), device=rows_e.device).repeat_interleave(
-        rows_e, output_size=len(plan.token_of_row_M)
-    )
-
-
-def _check_groups(sharding: TokenSharding, experts: Partition, nodes: NodeGroups) -> None:
-    for group in (nodes.inter, nodes.intra):
-        if not isinstance(group, dist.ProcessGroup):
-            check_group(group, 1, "")
-    shape = f"{nodes.inter.size()} nodes of {nodes.intra.size()} ranks"
-    for what, ranks in (("the token sharding", sharding.num_ranks), ("the partition of experts", len(experts))):
-        if ranks != nodes.num_ranks:
-            raise ValueError(f"{what} describes {ranks} ranks, but there are {shape}; it needs one piece per rank")
-    in_node, in_column = dist.get_process_group_ranks(nodes.intra), dist.get_process_group_ranks(nodes.inter)
-    span, ascending = in_node[-1] - in_node[0], in_node == sorted(in_node)
-    if not ascending or any(later - first <= span for first, later in pairwise(in_column)):
-        raise ValueError(
-            f"a node of the ranks {in_node} and a column of the ranks {in_column}; ranks have to be numbered node "
-            "after node, as the dimensions of a DeviceMesh (nodes, ranks per node) are: inter is its first, intra "
-            "its second"
-        )
+    terms = Terms(sharding=sharding, experts=experts, dim=dim, dtype=dtype)
+    return nodes.plan_nodes(expert_BlK, weight_BlK, terms)

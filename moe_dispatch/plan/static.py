@@ -2,11 +2,12 @@
 
 Between each two ranks travel ``rows_per_pair`` rows, and each rank's experts get ``rows`` rows, used or not. An
 unused row belongs to no expert and to no token's sum; it holds zeros, and so does its gradient. Every rank knows all
-choices, so each sees by itself whether the sizes are enough for all: where not, or where a rank has a problem, the
-outputs of all ranks are NaN, and :meth:`StaticPlan.check` says why.
+choices, so each sees by itself whether the sizes are enough for all. Where they are not, or where a rank has a
+problem, the outputs of all ranks are NaN, and the report says why (``static_report.py``).
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -14,13 +15,16 @@ from torch import Tensor
 
 from ..layout.partition import Partition, check_count
 from ..layout.sharding import TokenSharding
-from ..wire.agreement import BAD
-from .checks import check_plan, problem_of_arguments, status_word
-from .counted import DispatchMetadata
-from .group_tokens import Grid
-from .ids_exchange import RoutingExchange
-from .row_index import Arrivals, Departures
-from .static_index import StaticSizes, index_arrivals, index_departures, needed_sizes
+from ..wire.agreement import Statement
+from .ids.checks import expected_message, problem_of_arguments, status_word
+from .ids.exchange import IdsExchange
+from .metadata import DispatchMetadata
+from .row_index import ReceivedRows, SentRows
+from .static_index import index_received, index_sent, needed_sizes
+from .static_report import report_of, report_size, told
+from .terms import Terms
+
+LEFT = -2  # the word of a rank that has no ids and raises: its peers would wait for it in the next exchange
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -31,13 +35,13 @@ class StaticPlan(DispatchMetadata):
 
     Attributes:
         sizes: rows between each two ranks, and rows of each rank's experts.
-        report_P2: on the device, the same on every rank: the status words of all ranks, then the sizes that would
-            have been enough.
+        report: on the device, the same on every rank: what each rank has wrong, and the sizes that would have been
+            enough.
         doubt: () float32 on the device: 0, or NaN where the report tells of a problem.
     """
 
-    sizes: StaticSizes
-    report_P2: Tensor
+    sizes: "StaticSizes"
+    report: Tensor
     doubt: Tensor = field(compare=False)  # NaN is not equal to itself; the report says as much
 
     @property
@@ -51,31 +55,106 @@ class StaticPlan(DispatchMetadata):
         return y_tD[: self.num_tokens] + self.doubt.to(y_tD.dtype)
 
     def check(self) -> None:
-        """Raise ValueError, the same on every rank, if rows did not fit or a rank had a problem.
+        """Raise if rows did not fit or a rank had a problem. It waits for the device: call it outside of what is
+        captured, e.g. after each step.
 
-        It waits for the device: call it outside of what is captured, e.g. after each step.
+        Raises:
+            StaticSizesError: on every rank, with the same text.
         """
-        *words, of_pair, of_rank = self.report_P2.tolist()
-        bad = [rank for rank, word in enumerate(words) if word == BAD]
-        problems = [f"rank {rank} has expert ids out of range or NaN weights" for rank in bad]
-        first_rank_of_word = {word: rank for rank, word in reversed(list(enumerate(words))) if word != BAD}
-        if len(first_rank_of_word) > 1:
-            ranks = " and ".join(map(str, sorted(first_rank_of_word.values())))
-            problems.append(f"ranks {ranks} disagree about K, dim, dtype, sizes, sharding or experts")
-        if of_pair > self.sizes.rows_per_pair:
-            problems.append(
-                f"{of_pair} tokens of one rank go to one rank, but rows_per_pair is {self.sizes.rows_per_pair}; plan "
-                "with more (the tokens of the largest shard are always enough)"
-            )
-        if of_rank > self.sizes.rows:
-            problems.append(
-                f"{of_rank} choices fall on the experts of one rank, but rows is {self.sizes.rows}; plan with more"
-            )
-        if problems:
-            raise ValueError("a plan of fixed sizes did not hold, and its outputs are NaN: " + "; ".join(problems))
+        self.sizes.check_report(self.report)
+
+    def add_report(self, report: Tensor) -> None:
+        """Add this plan's report to that of several plans, in place."""
+        torch.maximum(report, self.report, out=report)
 
 
-@torch.no_grad()
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StaticSizes:
+    """Rows between each two ranks, and rows of each rank's experts: the planner of :func:`plan_static`, for
+    :class:`MoE`.
+
+    Attributes:
+        rows_per_pair: the tokens of the largest shard are always enough.
+        rows: all choices of the group are always enough.
+
+    Raises:
+        ValueError: a size that is not an int of at least 1.
+    """
+
+    rows_per_pair: int
+    rows: int
+
+    def __post_init__(self) -> None:
+        check_count(self.rows_per_pair, "rows_per_pair", least=1)
+        check_count(self.rows, "rows", least=1)
+
+    def check_group(self, experts: Partition, group: dist.ProcessGroup) -> None:
+        """Any group will do."""
+
+    def new_report(self, ranks: int) -> Tensor:
+        """The report of no plan yet."""
+        return torch.zeros(report_size(ranks), dtype=torch.int64)
+
+    def check_report(self, report: Tensor) -> None:
+        """Raise StaticSizesError where the report tells of a problem; it is copied to the host."""
+        told(report.tolist(), rows_per_pair=self.rows_per_pair, rows=self.rows)
+
+    @torch.no_grad()
+    def plan(
+        self, expert_BlK: Tensor, weight_BlK: Tensor | None, terms: Terms, group: dist.ProcessGroup
+    ) -> StaticPlan:
+        """See :func:`plan_static`."""
+        terms = self._with_sizes(terms)
+        terms.check(group)
+        rank, sharding = group.rank(), terms.sharding
+        if problem := problem_of_arguments(expert_BlK, weight_BlK, sharding, rank):
+            num_choices, device = expected_message(expert_BlK, weight_BlK)
+            self.refuse(problem, terms, group, num_choices=num_choices, device=device)
+        tokens = terms.tokens(rank, expert_BlK.shape[2], expert_BlK.device)
+        wanted_tK = expert_BlK.flatten(0, 1) + 1
+        id_tK = wanted_tK.clamp(0, terms.experts.total)
+        word = status_word(wanted_tK, id_tK, weight_BlK, tokens.expected)
+        exchange = IdsExchange.start(id_tK, word, tokens, group)
+        sent = index_sent(SentRows.of(id_tK, tokens), self.rows_per_pair)
+        id_GK, word_P = exchange.wait()
+        _raise_where_a_peer_left(word_P, tokens.facts, group)
+        needed_2 = needed_sizes(id_GK, tokens)
+        report = report_of(word_P, needed_2)
+        problem = report[:-2].any() | (needed_2[0] > self.rows_per_pair) | (needed_2[1] > self.rows)
+        return StaticPlan(
+            local_shape=(*sharding.local_shape(rank), terms.dim),
+            sharding=sharding,
+            experts=terms.experts,
+            rank=rank,
+            group=group,
+            rows_sent=(self.rows_per_pair,) * group.size(),
+            rows_received=(self.rows_per_pair,) * group.size(),
+            expert_BlK=expert_BlK.clone(),
+            sizes=self,
+            report=report,
+            doubt=torch.zeros((), device=word_P.device).masked_fill_(problem, torch.nan),
+            **sent,
+            **index_received(ReceivedRows.of(id_GK, tokens).mine_GK, tokens, self.rows_per_pair, self.rows),
+        )
+
+    @torch.no_grad()
+    def refuse(
+        self, problem: str, terms: Terms, group: dist.ProcessGroup, *, num_choices: int, device: torch.device
+    ) -> NoReturn:
+        """Take this rank's part in a plan that it cannot make, and raise ``problem``: on every rank on the CPU. On
+        another device it is raised here, and the peers have a device assertion."""
+        terms.check(group)
+        tokens = terms.tokens(group.rank(), num_choices, device)
+        IdsExchange.refuse(LEFT, tokens, terms.sharding.local_sizes[group.rank()], group, device)
+        if device.type == "cpu":
+            Statement("", problem).raise_on_every_rank(device=device, group=group)
+        raise ValueError(f"rank {group.rank()}: {problem}")
+
+    def _with_sizes(self, terms: Terms) -> Terms:
+        """The ranks have to agree about the sizes too."""
+        return replace(terms, also=f"{self}, {terms.also}" if terms.also else f"{self}")
+
+
 def plan_static(
     expert_BlK: Tensor,
     *,
@@ -96,45 +175,22 @@ def plan_static(
         sizes: the same on every rank.
 
     Raises:
-        ValueError: what a rank can see of its own arguments without a look at the device, on that rank only. The rest
-            is told by :meth:`StaticPlan.check`, and by outputs that are NaN, on every rank.
+        RankMistakeError: on every rank, naming the rank: ids or weights of the wrong dtype or shape. On CUDA that
+            rank has a ValueError, and its peers a device assertion.
+        ValueError: as in :func:`plan_dispatch`.
+
+    Ids out of range, NaN weights, ranks that disagree, and sizes that are too small are told by
+    :meth:`StaticPlan.check`, and by outputs that are NaN, on every rank.
     """
-    check_plan(dim, sharding, experts, group)
-    for name, size in (("rows_per_pair", sizes.rows_per_pair), ("rows", sizes.rows)):
-        check_count(size, name, least=1)
-    rank = group.rank()
-    if problem := problem_of_arguments(expert_BlK, weight_BlK, sharding, rank):
-        raise ValueError(f"rank {rank}: {problem}")
-    num_choices = expert_BlK.shape[2]
-    grid = Grid.of(
-        sharding,
-        experts,
-        rank=rank,
-        num_choices=num_choices,
-        dim=dim,
-        device=expert_BlK.device,
-        dtype=dtype,
-        also=f"{sizes}",
-    )
-    wanted_tK = expert_BlK.flatten(0, 1) + 1
-    id_tK = wanted_tK.clamp(0, experts.total)
-    exchange = RoutingExchange.start(id_tK, status_word(wanted_tK, id_tK, weight_BlK, grid.expected), grid, group)
-    departures = index_departures(Departures.of(id_tK, grid), sizes)
-    id_GK, word_P = exchange.wait()
-    needed_2 = needed_sizes(id_GK, grid)
-    problem = (word_P != grid.expected).any() | (needed_2[0] > sizes.rows_per_pair) | (needed_2[1] > sizes.rows)
-    return StaticPlan(
-        local_shape=(*sharding.local_shape(rank), dim),
-        sharding=sharding,
-        experts=experts,
-        rank=rank,
-        group=group,
-        rows_sent=(sizes.rows_per_pair,) * len(experts),
-        rows_received=(sizes.rows_per_pair,) * len(experts),
-        expert_BlK=expert_BlK.clone(),
-        sizes=sizes,
-        report_P2=torch.cat([word_P, needed_2]),
-        doubt=torch.zeros((), device=word_P.device).masked_fill_(problem, torch.nan),
-        **departures,
-        **index_arrivals(Arrivals.of(id_GK, grid).mine_GK, grid, sizes),
-    )
+    terms = Terms(sharding=sharding, experts=experts, dim=dim, dtype=dtype)
+    return sizes.plan(expert_BlK, weight_BlK, terms, group)
+
+
+def _raise_where_a_peer_left(word_P: Tensor, facts: str, group: dist.ProcessGroup) -> None:
+    """Without reading the words on the host: an assertion, which on the CPU raises at once."""
+    try:
+        torch.ops.aten._assert_async.msg((word_P != LEFT).all(), "a rank has no expert ids to plan with")
+    except RuntimeError:
+        if word_P.device.type != "cpu":
+            raise
+        Statement(facts).raise_on_every_rank(device=word_P.device, group=group)

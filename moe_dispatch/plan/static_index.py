@@ -1,97 +1,93 @@
-"""From the routing of a group to the index tensors of one rank's plan of fixed sizes.
+"""From the ids of a group to the index tensors of one rank's plan of fixed sizes.
 
-Rows travel in *slots*: ``rows_per_pair`` of them from each rank to each, in the order of the grid, filled from the
+Rows travel in *slots*: ``rows_per_pair`` of them from each rank to each, in the order of the peers, filled from the
 first on, in the order of the tokens. What does not fit is left out, here and on the other side alike.
 
 ``torch.where`` with a number is avoided: it copies the number to the device, which a graph cannot capture.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from .group_tokens import Grid
-from .row_index import Departures, rows_of_entries, starts
+from .ids.group_tokens import GroupTokens
+from .row_index import SentRows, rows_of_entries, starts
 
 # Unused entries are summed up as bags of their own, which are cut off: of few entries each, since a GPU adds up the
 # entries of a bag one after the other.
 UNUSED_PER_BAG = 32
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StaticSizes:
-    """Rows between each two ranks, and rows of each rank's experts."""
+def index_sent(sent_rows: SentRows, in_pair: int) -> dict[str, Tensor]:
+    """My tokens -> sent slots, and back. An unused slot carries token 0.
 
-    rows_per_pair: int
-    rows: int
-
-
-def index_departures(departures: Departures, sizes: StaticSizes) -> dict[str, Tensor]:
-    """My tokens -> sent slots, and back. An unused slot carries token 0."""
-    needed_Pt, in_pair = departures.needed_Pt, sizes.rows_per_pair
-    ranks, tokens = needed_Pt.shape
+    Args:
+        in_pair: slots from each rank to each.
+    """
+    needed_Pt = sent_rows.needed_Pt
+    ranks, num_tokens = needed_Pt.shape
     num_sent = ranks * in_pair
     number_Pt = needed_Pt.cumsum(1) - 1
     first_P1 = torch.arange(0, num_sent, in_pair, device=needed_Pt.device).unsqueeze(1)
     # One slot more, for all that has none.
     slot_Pt = (first_P1 + number_Pt).masked_fill_(~needed_Pt | (number_Pt >= in_pair), num_sent)
-    token_Pt = torch.arange(tokens, device=needed_Pt.device).expand(ranks, tokens)
-    token_of_slot_S1 = first_P1.new_full((num_sent + 1,), tokens)
+    token_Pt = torch.arange(num_tokens, device=needed_Pt.device).expand(ranks, num_tokens)
+    token_of_slot_S1 = first_P1.new_full((num_sent + 1,), num_tokens)
     token_of_sent_S = token_of_slot_S1.scatter_(0, slot_Pt.flatten(), token_Pt.flatten())[:-1]
-    rank_of_sent_S = departures.grid.order_P.repeat_interleave(in_pair, output_size=num_sent)
+    rank_of_sent_S = sent_rows.tokens.rank_of_peer_P.repeat_interleave(in_pair, output_size=num_sent)
     key_of_entry_S, sent_of_entry_S = rank_of_sent_S.add(token_of_sent_S, alpha=ranks).sort()
     return {
-        "token_of_sent_S": token_of_sent_S.masked_fill(token_of_sent_S == tokens, 0),
+        "token_of_sent_S": token_of_sent_S.masked_fill(token_of_sent_S == num_tokens, 0),
         "sent_of_entry_S": sent_of_entry_S,
-        "first_entry_t": _starts_and_rest(key_of_entry_S, tokens, step=ranks),
+        "first_entry_t": _starts_and_rest(key_of_entry_S, num_tokens, step=ranks),
     }
 
 
-def index_arrivals(mine_GK: Tensor, grid: Grid, sizes: StaticSizes) -> dict[str, Tensor]:
+def index_received(mine_GK: Tensor, tokens: GroupTokens, in_pair: int, num_rows: int) -> dict[str, Tensor]:
     """Received slots -> rows of my experts, and back.
 
     Args:
         mine_GK: flat, 1 + my expert of each choice; 0 for the choices that fell elsewhere.
+        in_pair: slots from each rank to each.
+        num_rows: of my experts, used or not.
     """
-    num_received, num_choices = len(grid.received) * sizes.rows_per_pair, grid.num_choices
-    after_mine = len(grid.first_key_e1) + 1
-    slot_G = _received_slots(mine_GK.view(-1, num_choices).any(1), grid, sizes.rows_per_pair)
+    num_received, num_choices = len(tokens.rank_of_peer) * in_pair, tokens.num_choices
+    after_mine = len(tokens.first_key_e1) + 1
+    slot_G = _received_slots(mine_GK.view(-1, num_choices).any(1), tokens, in_pair)
     fits_GK = (slot_G < num_received).repeat_interleave(num_choices)
     # One token more, behind the last: of the entries that are not used. It comes after all in the order of the rows.
-    flat_of_entry_M = torch.nonzero_static(mine_GK * fits_GK, size=sizes.rows, fill_value=len(mine_GK))[:, 0]
+    flat_of_entry_M = torch.nonzero_static(mine_GK * fits_GK, size=num_rows, fill_value=len(mine_GK))[:, 0]
     g_of_entry_M = flat_of_entry_M // num_choices
-    token_of_entry_M = _with_last(grid.token_of_G, -1).index_select(0, g_of_entry_M)
+    token_of_entry_M = _with_last(tokens.token_of_G, -1).index_select(0, g_of_entry_M)
     mine_of_entry_M = _with_last(mine_GK, after_mine).index_select(0, flat_of_entry_M)
     slot_of_entry_M = _with_last(slot_G, num_received).index_select(0, g_of_entry_M)
     return {
-        **rows_of_entries(grid, mine_of_entry_M, token_of_entry_M, slot_of_entry_M, flat_of_entry_M),
+        **rows_of_entries(tokens, mine_of_entry_M, token_of_entry_M, slot_of_entry_M, flat_of_entry_M),
         "first_entry_R": _starts_and_rest(slot_of_entry_M, num_received),
     }
 
 
-def needed_sizes(id_GK: Tensor, grid: Grid) -> Tensor:
+def needed_sizes(id_GK: Tensor, tokens: GroupTokens) -> Tensor:
     """(2,) the most rows that any rank has for any rank, and the most rows that any rank's experts get."""
-    ranks = len(grid.order)
-    to_GK = grid.place_of_id_E.index_select(0, id_GK.flatten()).view(id_GK.shape)
+    ranks = len(tokens.rank_of_peer)
+    to_GK = tokens.peer_of_id_E.index_select(0, id_GK.flatten()).view(id_GK.shape)
     ones_GK = torch.ones_like(to_GK)
     rows_P = to_GK.new_zeros(ranks + 1).scatter_add_(0, to_GK.flatten(), ones_GK.flatten())[1:]
     sorted_GK = to_GK.sort(1).values
     again_GK = torch.zeros_like(sorted_GK, dtype=torch.bool)
     again_GK[:, 1:] = sorted_GK[:, 1:] == sorted_GK[:, :-1]
-    pair_GK = grid.place_of_G.unsqueeze(1) * (ranks + 1) + sorted_GK.masked_fill(again_GK, 0)
+    pair_GK = tokens.peer_of_G.unsqueeze(1) * (ranks + 1) + sorted_GK.masked_fill(again_GK, 0)
     pairs_PP = to_GK.new_zeros(ranks * (ranks + 1)).scatter_add_(0, pair_GK.flatten(), ones_GK.flatten())
     return torch.stack([pairs_PP.view(ranks, ranks + 1)[:, 1:].max(), rows_P.max()])
 
 
-def _received_slots(here_G: Tensor, grid: Grid, in_pair: int) -> Tensor:
+def _received_slots(here_G: Tensor, tokens: GroupTokens, in_pair: int) -> Tensor:
     """The slot in which each token comes; the one behind the last for tokens that do not."""
     before_G1 = torch.zeros(len(here_G) + 1, dtype=torch.int64, device=here_G.device)
     torch.cumsum(here_G, 0, out=before_G1[1:])
-    first_P = before_G1.index_select(0, grid.start_P1[:-1])
-    number_G = before_G1[:-1] - first_P.index_select(0, grid.place_of_G)
-    slot_G = grid.place_of_G * in_pair + number_G
-    return slot_G.masked_fill_(~here_G | (number_G >= in_pair), len(grid.received) * in_pair)
+    first_P = before_G1.index_select(0, tokens.start_P1[:-1])
+    number_G = before_G1[:-1] - first_P.index_select(0, tokens.peer_of_G)
+    slot_G = tokens.peer_of_G * in_pair + number_G
+    return slot_G.masked_fill_(~here_G | (number_G >= in_pair), len(tokens.rank_of_peer) * in_pair)
 
 
 def _starts_and_rest(key_of_entry: Tensor, num_things: int, step: int = 1) -> Tensor:

@@ -1,7 +1,7 @@
 """Rows of several tensors side by side in one buffer of bytes, with none between them: one collective moves all.
 
 A gather writes straight into the buffer before the exchange and reads straight out of it after. Rows are handled as
-*words*, ints of the size of the narrowest dtype, at which any part of a row can start.
+*units*, ints of the size of the narrowest dtype, at which any part of a row can start.
 """
 
 from collections.abc import Sequence
@@ -12,34 +12,34 @@ from torch import Tensor
 from .sums import sum_rows, take_rows
 
 
-class Payload:
-    """Rows whose parts are rows of tensors like these, (N, width) of any dtypes."""
+class RowFormat:
+    """How the parts of a row lie side by side: rows of tensors like these, (N, width) of any dtypes."""
 
     def __init__(self, *like: Tensor) -> None:
         self._dtypes = [rows.dtype for rows in like]
         size = min(dtype.itemsize for dtype in self._dtypes)
-        self._word = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[size]
+        self._unit = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[size]
         self._widths = [rows.shape[1] * rows.itemsize // size for rows in like]
 
     def empty(self, num_rows: int, device: torch.device) -> Tensor:
         """(num_rows, bytes of a row), to be filled."""
-        row_bytes = sum(self._widths) * self._word.itemsize
+        row_bytes = sum(self._widths) * self._unit.itemsize
         return torch.empty(num_rows, row_bytes, dtype=torch.uint8, device=device)
 
     def pack(self, *row_tensors_N: Tensor) -> Tensor:
         """(N, bytes of a row): the rows side by side."""
         buffer_NC = self.empty(len(row_tensors_N[0]), row_tensors_N[0].device)
         for part, rows in zip(self._split(buffer_NC), row_tensors_N, strict=True):
-            part.copy_(self._as_words(rows))
+            part.copy_(self._as_units(rows))
         return buffer_NC
 
     def gather(self, row_of_N: Tensor, row_tensors: Sequence[Tensor], out: Tensor) -> None:
         """:meth:`pack` of rows ``row_of_N`` of the tensors into ``out``, (N, bytes of a row), in one pass."""
         for part, rows in zip(self._split(out), row_tensors, strict=True):
-            take_rows(self._as_words(rows), row_of_N, out=part)
+            take_rows(self._as_units(rows), row_of_N, out=part)
 
     def read(self, buffer_NC: Tensor) -> list[Tensor]:
-        """The parts, each in its dtype; a view where that is as wide as a word."""
+        """The parts, each in its dtype; a view where that is as wide as a unit."""
         return [self._as_rows(part, dtype) for part, dtype in zip(self._split(buffer_NC), self._dtypes, strict=True)]
 
     def read_part(self, buffer_NC: Tensor, part: int) -> Tensor:
@@ -49,12 +49,12 @@ class Payload:
     def sum_part(self, buffer_SC: Tensor, part: int, row_of_entry: Tensor, first_entry: Tensor) -> Tensor:
         """:func:`sum_rows` of one part.
 
-        ``embedding_bag`` copies rows that are not dense. So where words are as wide as the part's dtype, whole rows
+        ``embedding_bag`` copies rows that are not dense. So where units are as wide as the part's dtype, whole rows
         are summed: the other parts, nonsense as numbers of that dtype, stay in their columns, and are cut off.
         """
         dtype = self._dtypes[part]
         most_of_the_row = 2 * self._widths[part] >= sum(self._widths)
-        if dtype.itemsize != self._word.itemsize or not most_of_the_row:
+        if dtype.itemsize != self._unit.itemsize or not most_of_the_row:
             return sum_rows(self.read_part(buffer_SC, part), row_of_entry, first_entry)
         return sum_rows(buffer_SC.view(dtype), row_of_entry, first_entry).split(self._widths, dim=1)[part]
 
@@ -63,16 +63,16 @@ class Payload:
         return self._split(buffer_NC)[part].index_select(0, row_of_M).view(self._dtypes[part])
 
     def _split(self, buffer_NC: Tensor) -> tuple[Tensor, ...]:
-        return buffer_NC.view(self._word).split(self._widths, dim=1)
+        return buffer_NC.view(self._unit).split(self._widths, dim=1)
 
-    def _as_words(self, rows: Tensor) -> Tensor:
-        if rows.itemsize == self._word.itemsize:
-            return rows.view(self._word)
-        # One row or column counts as contiguous with any stride, but only stride 1 can be viewed as words.
+    def _as_units(self, rows: Tensor) -> Tensor:
+        if rows.itemsize == self._unit.itemsize:
+            return rows.view(self._unit)
+        # One row or column counts as contiguous with any stride, but only stride 1 can be viewed as units.
         dense = rows if rows.stride(1) == 1 else rows.clone(memory_format=torch.contiguous_format)
-        return dense.view(self._word)
+        return dense.view(self._unit)
 
     def _as_rows(self, part: Tensor, dtype: torch.dtype) -> Tensor:
-        if dtype.itemsize == self._word.itemsize:
+        if dtype.itemsize == self._unit.itemsize:
             return part.view(dtype)
         return part.clone(memory_format=torch.contiguous_format).view(dtype)

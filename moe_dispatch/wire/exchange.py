@@ -27,7 +27,7 @@ class _ExchangeRows(torch.autograd.Function):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Transfer:
+class PendingExchange:
     """Rows on their way. Holds the rows sent until they have arrived."""
 
     rows: Tensor
@@ -41,7 +41,7 @@ class Transfer:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Arrived:
+class FinishedExchange:
     """Rows that are there already."""
 
     rows: Tensor
@@ -52,25 +52,25 @@ class Arrived:
 
 def start_exchange(
     rows: Tensor, sent: Sequence[int], received: Sequence[int], group: dist.ProcessGroup
-) -> Transfer | Arrived:
+) -> PendingExchange | FinishedExchange:
     """:func:`exchange_rows` in the background: no gradient, no checks, contiguous rows, the result at ``wait()``.
 
     Compiled code waits here: torch.compile knows no collective in the background.
     """
     if len(sent) == 1:
-        return Arrived(rows)
+        return FinishedExchange(rows)
     return start_exchange_into(_room_for(rows, received), rows, sent, received, group)
 
 
 def start_exchange_into(
     out: Tensor, rows: Tensor, sent: Sequence[int], received: Sequence[int], group: dist.ProcessGroup
-) -> Transfer | Arrived:
+) -> PendingExchange | FinishedExchange:
     """:func:`start_exchange` into the first rows of ``out``, which ``wait()`` gives whole: what the caller writes
     behind them need not travel. A group of one rank moves nothing."""
     if len(sent) == 1:
-        return Arrived(out)
+        return FinishedExchange(out)
     work = _exchange(out[: sum(received)], rows, sent, received, group, not torch.compiler.is_compiling())
-    return Arrived(out) if work is None else Transfer(rows, out, work)
+    return FinishedExchange(out) if work is None else PendingExchange(rows, out, work)
 
 
 def move_rows(rows: Tensor, sent: Sequence[int], received: Sequence[int], group: dist.ProcessGroup) -> Tensor:

@@ -5,6 +5,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..layout.sharding import TokenSharding
+from ..layout.stacked import stacked_tokens
 from .exchange import check_group, exchange_rows
 
 
@@ -48,5 +49,5 @@ def gather_tokens(x_BlD: Tensor, *, sharding: TokenSharding, group: dist.Process
     x_tD = x_BlD.flatten(0, 1)
     repeated = x_tD.expand(sharding.num_ranks, *x_tD.shape).flatten(0, 1)
     x_GD = exchange_rows(repeated, (len(x_tD),) * sharding.num_ranks, sharding.local_sizes, group)
-    x_TD = torch.zeros_like(x_GD).index_copy(0, sharding.stacked_tokens(x_GD.device), x_GD)
+    x_TD = torch.zeros_like(x_GD).index_copy(0, stacked_tokens(sharding, x_GD.device), x_GD)
     return x_TD.unflatten(0, sharding.global_shape)

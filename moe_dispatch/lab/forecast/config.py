@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from ...plan.checks import MOST_EXPERTS
+from ...plan.ids.format import MOST_EXPERTS
 
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 Dtype = Literal["float64", "float32", "bfloat16", "float16"]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...plan.group_tokens import WORD
+from ...plan.ids.format import IdFormat
 from .demand import Demand
 
 COUNT_BYTES = 8  # int64
@@ -133,14 +133,10 @@ def _travelling(*legs: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     return tuple(rows_PP - own_P.diag() for rows_PP, own_P in zip(legs, kept, strict=True)), kept
 
 
-def routing_bytes(tokens: Tensor, num_choices: int, num_experts: int) -> Tensor:
-    """Bytes of one message of ``routing.RoutingExchange``: a word, then each token's ids in steps of 4 bytes."""
-    id_bytes = 1 if num_experts <= 255 else 2
-    return WORD.itemsize + tokens * token_id_bytes(num_choices, id_bytes)
-
-
-def token_id_bytes(num_choices: int, id_bytes: int) -> int:
-    return -(-num_choices * id_bytes // WORD.itemsize) * WORD.itemsize
+def routing_bytes(tokens_P: Tensor, num_choices: int, num_experts: int) -> Tensor:
+    """Bytes of one message of a plan, of ranks with so many tokens: what ``plan/ids/format.py`` says."""
+    empty, one = (IdFormat.of(num_choices, num_experts).message_bytes(tokens) for tokens in (0, 1))
+    return empty + tokens_P * (one - empty)
 
 
 def same_node(num_nodes: int, in_node: int) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from moe_dispatch import Partition, TokenSharding
+from moe_dispatch.layout.stacked import stacked_tokens
 from tests.support.layouts import Layout, Order
 from tests.support.plans import sharding_of
 
@@ -119,7 +120,7 @@ def test_a_selection_keeps_the_shards_and_their_global_ids(order: Order) -> None
         rank_T, local_T = selected.locate(torch.arange(token_BL.numel()))
         assert rank_T.equal(wanted_rank_T), ranks
         assert local_T.equal(wanted_local_T), ranks
-        assert selected.stacked_tokens().equal(torch.cat([pieces[old].flatten() for old in ranks])), ranks
+        assert stacked_tokens(selected, "cpu").equal(torch.cat([pieces[old].flatten() for old in ranks])), ranks
 
 
 def test_a_selection_of_a_selection_counts_from_the_first() -> None:

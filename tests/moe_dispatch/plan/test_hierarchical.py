@@ -17,13 +17,11 @@ from moe_dispatch import (
     Partition,
     TokenSharding,
     combine,
-    combine_hierarchical,
     dispatch,
-    dispatch_hierarchical,
     plan_dispatch,
     plan_hierarchical,
 )
-from moe_dispatch.plan.group_tokens import Grid
+from moe_dispatch.plan.ids.group_tokens import GroupTokens
 from moe_dispatch.testing import RankPool
 from tests.support.dense import (
     Answer,
@@ -62,8 +60,8 @@ class Layer:
             nodes=nodes,
             weight_BlK=self.weight_BlK,
         )
-        self.x_MD, self.weight_M = dispatch_hierarchical(self.x_BlD, self.weight_BlK, self.plan)
-        self.y_BlF = combine_hierarchical(self.experts(self.x_MD), self.plan, self.weight_M)
+        self.x_MD, self.weight_M = dispatch(self.x_BlD, self.weight_BlK, self.plan)
+        self.y_BlF = combine(self.experts(self.x_MD), self.plan, self.weight_M)
 
     def experts(self, x_MD: Tensor) -> Tensor:
         return through_experts(x_MD, self.w_eDF, self.plan.rows_per_expert_e.tolist())
@@ -95,7 +93,7 @@ def other_than_flat(layer: Layer) -> list[str]:
     found = [name for name, (a, b) in pairs.items() if not a.equal(b)]
     # Of whole numbers every sum is exact, in whatever order.
     whole_MD = (8 * x_MD).round()
-    if not combine_hierarchical(whole_MD, plan).equal(combine(whole_MD, flat)):
+    if not combine(whole_MD, plan).equal(combine(whole_MD, flat)):
         found.append("the sum of whole numbers")
     return found
 
@@ -154,9 +152,9 @@ def run_recorded(rank: int, case: Case) -> tuple[list[list[int]], int, list[tupl
         )
         calls.append([])
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            x_MD, weight_M = dispatch_hierarchical(x_BlD, weight_BlK, plan)
+            x_MD, weight_M = dispatch(x_BlD, weight_BlK, plan)
             calls.append([])
-            y_BlD = combine_hierarchical(x_MD, plan)
+            y_BlD = combine(x_MD, plan)
         calls.append([])
         (y_BlD.sum() + 0 * weight_M.sum()).backward()
         counted = list(calls)
@@ -188,9 +186,9 @@ def run_low_precision(rank: int, case: Case) -> tuple[float, float]:
                 nodes=nodes,
                 dtype=dtype,
             )
-            x_MD, weight_M = dispatch_hierarchical(x_BlD, weight_BlK, plan)
+            x_MD, weight_M = dispatch(x_BlD, weight_BlK, plan)
             assert (x_MD.dtype, weight_M.dtype) == (dtype, torch.float32)
-            y_BlD = combine_hierarchical(x_MD, plan, weight_M)
+            y_BlD = combine(x_MD, plan, weight_M)
             (grad_BlD,) = torch.autograd.grad(y_BlD, x_BlD, torch.ones_like(y_BlD))
             assert (y_BlD.dtype, grad_BlD.dtype) == (dtype, dtype)
             found.append((y_BlD.detach().double(), grad_BlD.double()))
@@ -280,9 +278,9 @@ def refused_rows(rank: int, case: Case) -> list[str]:
         layer = Layer(rank, case, nodes)
         x_BlD, weight_BlK, y_MD = layer.x_BlD, layer.weight_BlK, layer.x_MD
         for call in (
-            lambda: dispatch_hierarchical(x_BlD[..., 1:], weight_BlK, layer.plan),
-            lambda: dispatch_hierarchical(x_BlD, weight_BlK[..., 1:], layer.plan),
-            lambda: combine_hierarchical(torch.cat([y_MD, y_MD[:1], y_MD.new_zeros(1, 4)]), layer.plan),
+            lambda: dispatch(x_BlD[..., 1:], weight_BlK, layer.plan),
+            lambda: dispatch(x_BlD, weight_BlK[..., 1:], layer.plan),
+            lambda: combine(torch.cat([y_MD, y_MD[:1], y_MD.new_zeros(1, 4)]), layer.plan),
         ):
             with pytest.raises(ValueError, match="the plan") as raised:
                 call()
@@ -299,17 +297,17 @@ def test_rows_that_do_not_fit_the_plan(rank_pool: RankPool) -> None:
 
 def kept_by_layers(rank: int) -> list[int]:
     """Grids made by the plans of three layers, one after the other."""
-    made: list[Grid] = []
-    make = Grid._made
+    made: list[GroupTokens] = []
+    make = GroupTokens.made
 
-    def counted(*args: Any) -> Grid:
-        made.append(make(*args))
+    def counted(*args: Any, **given: Any) -> GroupTokens:
+        made.append(make(*args, **given))
         return made[-1]
 
     numbers = []
     sharding, experts = TokenSharding(batch=2, seq=Partition((3, 0, 1, 2))), Partition((2, 1, 0, 1))
     expert_BlK = torch.zeros(*sharding.local_shape(rank), 1, dtype=torch.int64)
-    with node_groups(rank, 2, 2) as nodes, mock.patch.object(Grid, "_made", counted):
+    with node_groups(rank, 2, 2) as nodes, mock.patch.object(GroupTokens, "made", counted):
         for _ in range(3):
             plan_hierarchical(expert_BlK, dim=4, sharding=sharding, experts=experts, nodes=nodes)
             numbers.append(len(made))

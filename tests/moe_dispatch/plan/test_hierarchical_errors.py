@@ -113,10 +113,12 @@ def refused_before_any_collective(rank: int) -> list[str]:
         wrong = (
             {"sharding": TokenSharding(batch=2, seq=Partition((3, 3)))},
             {"experts": Partition((6,))},
-            {"nodes": NodeGroups(inter=nodes.intra, intra=nodes.inter)},
-            {"nodes": NodeGroups(inter=nodes.inter, intra=None)},  # type: ignore[arg-type]
         )
-        return [refusal(lambda change=change: plan(good(rank, nodes) | change)) for change in wrong]
+        return [
+            *(refusal(lambda change=change: plan(good(rank, nodes) | change)) for change in wrong),
+            refusal(lambda: NodeGroups(inter=nodes.intra, intra=nodes.inter)),
+            refusal(lambda: NodeGroups(inter=nodes.inter, intra=None)),  # type: ignore[arg-type]
+        ]
 
 
 def test_what_every_rank_can_see_is_refused_before_any_collective(rank_pool: RankPool) -> None:

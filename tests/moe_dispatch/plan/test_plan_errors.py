@@ -11,7 +11,8 @@ from moe_dispatch import (
     TokenSharding,
     plan_dispatch,
 )
-from moe_dispatch.plan.counted import refuse_plan
+from moe_dispatch.plan.counted import Counted
+from moe_dispatch.plan.terms import Terms
 from moe_dispatch.testing import RankPool
 from tests.support.plan_calls import ONE_WEIGHT, RANKS, Call, Mistake, good_call, works
 from tests.support.ranks import refusal, world
@@ -124,15 +125,8 @@ def refuse_instead(rank: int) -> tuple[str, bool]:
     call = good_call(rank)
 
     def refuse() -> None:
-        refuse_plan(
-            "the router has no weights",
-            num_choices=2,
-            device=torch.device("cpu"),
-            dim=call.dim,
-            sharding=call.sharding,
-            experts=call.experts,
-            group=world(),
-        )
+        terms = Terms(sharding=call.sharding, experts=call.experts, dim=call.dim)
+        Counted().refuse("the router has no weights", terms, world(), num_choices=2, device=torch.device("cpu"))
 
     return refusal(refuse if rank == 1 else call.plan), works(rank)
 

@@ -8,6 +8,8 @@ import torch
 
 from moe_dispatch import (
     Partition,
+    RankMistakeError,
+    StaticPlan,
     StaticSizes,
     TokenSharding,
     combine,
@@ -100,16 +102,35 @@ def test_too_few_rows_are_told_on_every_rank(rank_pool: RankPool, short: str) ->
 @pytest.mark.parametrize(
     ("sizes", "text"),
     [
-        (StaticSizes(rows_per_pair=0, rows=1), "rows_per_pair is 0; it has to be an int of at least 1"),
-        (StaticSizes(rows_per_pair=1, rows=0), "rows is 0; it has to be an int of at least 1"),
+        ({"rows_per_pair": 0, "rows": 1}, "rows_per_pair is 0; it has to be an int of at least 1"),
+        ({"rows_per_pair": 1, "rows": 0}, "rows is 0; it has to be an int of at least 1"),
     ],
 )
-def test_sizes_that_hold_nothing_are_refused(rank_pool: RankPool, sizes: StaticSizes, text: str) -> None:
-    assert rank_pool.run(refused, 2, sizes) == [text, text]
+def test_sizes_that_hold_nothing_are_refused(sizes: dict[str, int], text: str) -> None:
+    assert refusal(lambda: StaticSizes(**sizes)) == text
 
 
-def refused(rank: int, sizes: StaticSizes) -> str:
-    sharding = TokenSharding(batch=1, seq=Partition((1, 1)))
-    ids = torch.zeros(1, 1, 1, dtype=torch.int64)
-    experts = Partition((1, 1))
-    return refusal(lambda: plan_static(ids, dim=1, sharding=sharding, experts=experts, group=world(), sizes=sizes))
+def plan_with_wrong_ids(rank: int) -> tuple[str, tuple[int, ...]]:
+    """Rank 1 passes ids of another dtype: what each rank is told, and whom it blames. The group stays usable."""
+    sharding = TokenSharding(batch=1, seq=Partition((2, 1, 0)))
+    sizes = StaticSizes(rows_per_pair=2, rows=3)
+    ids_BlK = torch.zeros(*sharding.local_shape(rank), 1, dtype=torch.int64)
+
+    def plan(ids_BlK: torch.Tensor) -> StaticPlan:
+        experts = Partition((1, 0, 1))
+        return plan_static(ids_BlK, dim=1, sharding=sharding, experts=experts, group=world(), sizes=sizes)
+
+    with pytest.raises(RankMistakeError) as raised:
+        plan(ids_BlK.int() if rank == 1 else ids_BlK)
+    plan(ids_BlK).check()
+    return str(raised.value), raised.value.ranks
+
+
+def test_arguments_of_one_rank_are_everyones_error(rank_pool: RankPool) -> None:
+    """The others would wait for its rows for ever."""
+    for text, ranks in rank_pool.run(plan_with_wrong_ids, 3):
+        assert (
+            text
+            == "rank 1: expert ids are torch.int32; they have to be a torch.int64 tensor, e.g. scores.topk(K).indices"
+        )
+        assert ranks == (1,)

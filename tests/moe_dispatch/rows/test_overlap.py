@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import import_module
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -22,6 +22,7 @@ from moe_dispatch import (
     start_combine,
     start_dispatch,
 )
+from moe_dispatch.rows import row_exchange
 from moe_dispatch.testing import RankPool
 from tests.support.ranks import world
 
@@ -47,26 +48,22 @@ class _Noted(torch.autograd.Function):
 @contextmanager
 def noted_exchanges(events: list[str]) -> Iterator[None]:
     """Says when an exchange of rows starts and when it is waited for."""
-    module: Any = import_module("moe_dispatch.rows.dispatch")  # the package has a function of that name
-    start_exchange_into = module.start_exchange_into
+    start_exchange_into = row_exchange.start_exchange_into
 
     class Watched:
-        def __init__(self, transfer: Any) -> None:
-            self.transfer = transfer
+        def __init__(self, pending: Any) -> None:
+            self.pending = pending
 
         def wait(self) -> Tensor:
             events.append("wait")
-            return self.transfer.wait()
+            return self.pending.wait()
 
     def start(*args: Any) -> Any:
         events.append("start")
         return Watched(start_exchange_into(*args))
 
-    module.start_exchange_into = start
-    try:
+    with mock.patch.object(row_exchange, "start_exchange_into", start):
         yield
-    finally:
-        module.start_exchange_into = start_exchange_into
 
 
 class NotedShared(torch.nn.Module):

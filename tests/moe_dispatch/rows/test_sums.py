@@ -1,4 +1,4 @@
-"""Sums over rows against plain loops in float64, and payloads that give back the bits that went in. One process."""
+"""Sums over rows against plain loops in float64, and row formats that give back the bits. One process."""
 
 from itertools import product
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_dispatch.rows.buffer import Payload
+from moe_dispatch.rows.buffer import RowFormat
 from moe_dispatch.rows.sums import VALUES_AT_ONCE_CPU, dot_rows, sum_rows, sum_weighted_rows, weigh_rows
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -72,18 +72,20 @@ def test_products_of_rows_are_not_rounded_to_their_dtype(dtype: torch.dtype) -> 
 
 @pytest.mark.parametrize("widths", [(7, 3), (1, 1), (8, 2), (5, 8)])
 @pytest.mark.parametrize("dtypes", list(product(DTYPES, DTYPES)), ids=str)
-def test_a_payload_gives_back_the_bits(dtypes: tuple[torch.dtype, torch.dtype], widths: tuple[int, int]) -> None:
+def test_a_row_format_gives_back_the_bits(dtypes: tuple[torch.dtype, torch.dtype], widths: tuple[int, int]) -> None:
     x_ND, w_NK = (rows_of(dtype, width) for dtype, width in zip(dtypes, widths, strict=True))
     transposed_ND = x_ND.T.contiguous().T
-    payload = Payload(x_ND, w_NK)
+    row_format = RowFormat(x_ND, w_NK)
     row_bytes = widths[0] * dtypes[0].itemsize + widths[1] * dtypes[1].itemsize
-    for packed in (payload.pack(x_ND, w_NK), payload.pack(transposed_ND, w_NK)):
+    for packed in (row_format.pack(x_ND, w_NK), row_format.pack(transposed_ND, w_NK)):
         assert packed.shape == (7, row_bytes)
         assert packed.dtype == torch.uint8
-        assert all(map(torch.equal, payload.read(packed), (x_ND, w_NK)))
-    gathered = payload.empty(len(ENTRIES), x_ND.device)
-    payload.gather(ENTRIES, (transposed_ND, w_NK), out=gathered)
-    assert all(map(torch.equal, payload.read(gathered), (x_ND[ENTRIES], w_NK[ENTRIES])))
-    assert payload.read_rows(gathered, 0, FIRST).equal(x_ND[ENTRIES][FIRST])
+        assert all(map(torch.equal, row_format.read(packed), (x_ND, w_NK)))
+    gathered = row_format.empty(len(ENTRIES), x_ND.device)
+    row_format.gather(ENTRIES, (transposed_ND, w_NK), out=gathered)
+    assert all(map(torch.equal, row_format.read(gathered), (x_ND[ENTRIES], w_NK[ENTRIES])))
+    assert row_format.read_rows(gathered, 0, FIRST).equal(x_ND[ENTRIES][FIRST])
     for part, rows in enumerate((x_ND, w_NK)):
-        assert payload.sum_part(payload.pack(x_ND, w_NK), part, ENTRIES, FIRST).equal(sum_rows(rows, ENTRIES, FIRST))
+        assert row_format.sum_part(row_format.pack(x_ND, w_NK), part, ENTRIES, FIRST).equal(
+            sum_rows(rows, ENTRIES, FIRST)
+        )

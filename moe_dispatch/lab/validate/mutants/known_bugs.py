@@ -16,7 +16,8 @@ from ....layer.experts import GroupedExperts
 from ....layer.moe import MoE
 from ....layer.router import TopKRouter
 from ....layout.sharding import TokenSharding
-from ....plan.counted import DispatchMetadata
+from ....plan.planner import Plan
+from ....plan.terms import Terms
 from ....wire.regions import gather_tokens, place_tokens
 
 Right = Callable[..., Any]
@@ -58,13 +59,11 @@ def positions_from_zero(right: Right) -> Wrong:
 
 
 def stale_plan(right: Right) -> Wrong:
-    first_plans: dict[int, DispatchMetadata] = {}
+    first_plans: dict[int, Plan] = {}
 
-    def plan(
-        moe: MoE, scores_BlE: Tensor, dtype: torch.dtype, sharding: TokenSharding, also: str
-    ) -> DispatchMetadata:
+    def plan(moe: MoE, scores_BlE: Tensor, terms: Terms) -> Plan:
         if id(moe) not in first_plans:
-            first_plans[id(moe)] = right(moe, scores_BlE, dtype, sharding, also)
+            first_plans[id(moe)] = right(moe, scores_BlE, terms)
         return first_plans[id(moe)]
 
     return plan

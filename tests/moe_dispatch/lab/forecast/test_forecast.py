@@ -18,9 +18,7 @@ from moe_dispatch import (
     Partition,
     TokenSharding,
     combine,
-    combine_hierarchical,
     dispatch,
-    dispatch_hierarchical,
     plan_dispatch,
     plan_hierarchical,
 )
@@ -99,8 +97,8 @@ def run_nodes(rank: int, run: Run) -> Sent:
     expert_BlK, x_BlD, weight_BlK, given = run_inputs(rank, run)
     with node_groups(rank, run.num_nodes, len(run.experts) // run.num_nodes) as nodes, Recorder() as recorder:
         plan = plan_hierarchical(expert_BlK, nodes=nodes, **given)
-        x_MD, weight_M = dispatch_hierarchical(x_BlD, weight_BlK, plan)
-        combine_hierarchical(x_MD, plan, weight_M).sum().backward()
+        x_MD, weight_M = dispatch(x_BlD, weight_BlK, plan)
+        combine(x_MD, plan, weight_M).sum().backward()
         return list(recorder.sent)
 
 

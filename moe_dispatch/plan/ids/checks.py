@@ -1,28 +1,11 @@
-"""What can be wrong with the arguments of a plan, and the status word that tells the peers."""
+"""What can be wrong with the ids and weights that a rank plans with."""
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from ..layout.partition import Partition
-from ..layout.sharding import TokenSharding
-from ..wire.agreement import BAD
-from ..wire.exchange import check_group
-
-# Ids travel as one byte or as int16 (gloo carries both as bytes).
-MOST_EXPERTS = 32766
-
-
-def check_plan(dim: int, sharding: TokenSharding, experts: Partition, group: dist.ProcessGroup) -> None:
-    """Facts that every rank can see: ValueError on all of them, before any collective."""
-    check_group(group, sharding.num_ranks, "the token sharding")
-    check_group(group, len(experts), "the partition of experts")
-    if not isinstance(dim, int) or dim < 1:
-        raise ValueError(
-            f"dim is {dim!r}; it is the width of the rows to move, an int of at least 1, e.g. x_BlD.shape[-1]"
-        )
-    if not 1 <= experts.total <= MOST_EXPERTS:
-        raise ValueError(f"{experts.total} experts; a group can have 1 to {MOST_EXPERTS}")
+from ...layout.partition import Partition
+from ...layout.sharding import TokenSharding
+from ...wire.agreement import BAD
 
 
 def problem_of_arguments(expert_BlK: Tensor, weight_BlK: Tensor | None, sharding: TokenSharding, rank: int) -> str:
@@ -30,8 +13,20 @@ def problem_of_arguments(expert_BlK: Tensor, weight_BlK: Tensor | None, sharding
     return _problem_of_ids(expert_BlK, sharding, rank) or _problem_of_weights(expert_BlK, weight_BlK)
 
 
+def expected_message(expert_BlK: Tensor, weight_BlK: Tensor | None) -> tuple[int, torch.device]:
+    """K, and the device, that the peers of a rank with wrong arguments expect of it: what the ids or weights it has
+    still tell. The message is as long as K says; the weights may know it where the ids do not."""
+    known = [x for x in (weight_BlK, expert_BlK) if isinstance(x, Tensor) and x.ndim]
+    return (max(known[0].shape[-1], 1), known[0].device) if known else (1, torch.device("cpu"))
+
+
 def status_word(wanted_tK: Tensor, id_tK: Tensor, weight_BlK: Tensor | None, expected: int) -> Tensor:
-    """() int64: ``expected``, or BAD. Made on the device, so that a bad value costs no host sync of its own."""
+    """() int64: ``expected``, or BAD. Made on the device, so that a bad value costs no host sync of its own.
+
+    Args:
+        wanted_tK: ids plus one, as given.
+        id_tK: the same, clamped to the experts there are.
+    """
     bad_tK = wanted_tK != id_tK
     if weight_BlK is not None:
         bad_tK = bad_tK.logical_or_(weight_BlK.isnan().flatten(0, 1))
@@ -39,7 +34,7 @@ def status_word(wanted_tK: Tensor, id_tK: Tensor, weight_BlK: Tensor | None, exp
 
 
 def problem_of_values(expert_BlK: Tensor, weight_BlK: Tensor | None, experts: Partition) -> str:
-    """The first value at fault; reads the device, so only once it is known that there is one."""
+    """The first value at fault. It reads the device, so it is for a rank that knows that there is one."""
     expert_tK = expert_BlK.flatten(0, 1)
     outside_tK = (expert_tK < -1) | (expert_tK >= experts.total)
     for token, choice in outside_tK.nonzero()[:1].tolist():

@@ -1,0 +1,45 @@
+"""How expert ids travel in a plan: how wide they are, and so how large a message is.
+
+A message to one rank is a word (``wire/agreement.py``) and then the ids of each token of the sender, in *steps* of 4
+bytes. Ranks with another K, within the same step, still send what their peers expect, and are told apart by their
+words instead of breaking the backend.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+STEP = torch.int32  # of words and of ids; a message takes at most 2 K + 8 bytes for each token and rank
+MOST_EXPERTS = 32766  # an id plus one fits in an int16, which gloo carries as bytes
+
+
+@dataclass(frozen=True, slots=True)
+class IdFormat:
+    """The width of ids on the wire.
+
+    Attributes:
+        dtype: of an id plus one; 0 is "no expert".
+        steps: of 4 bytes, that the ids of one token take.
+    """
+
+    dtype: torch.dtype
+    steps: int
+
+    @classmethod
+    def of(cls, num_choices: int, num_experts: int) -> "IdFormat":
+        """One id takes one byte while 0 ("no expert") and ``num_experts`` ids fit in it, else two."""
+        dtype = torch.uint8 if num_experts <= 255 else torch.int16
+        return cls(dtype, -(-num_choices * dtype.itemsize // STEP.itemsize))
+
+    @property
+    def ids_of_token(self) -> int:
+        """How many ids the steps of a token have room for: K or a few more."""
+        return self.steps * STEP.itemsize // self.dtype.itemsize
+
+    def message_steps(self, tokens: int) -> int:
+        """Steps of the message of a rank with this many tokens, its word included."""
+        return 1 + tokens * self.steps
+
+    def message_bytes(self, tokens: int) -> int:
+        """The same in bytes."""
+        return STEP.itemsize * self.message_steps(tokens)

@@ -1,0 +1,206 @@
+"""What a line may do in its room (DESIGN.md), read from the source."""
+
+import ast
+
+import pytest
+
+from tests.support.source import (
+    attributes,
+    calls,
+    code_lines,
+    imported_files,
+    imports,
+    index_arithmetic,
+    mutable_globals,
+    of_torch_distributed,
+    sources,
+)
+
+FILES = sources("moe_dispatch", "sp_attention")
+TOOLS = ("moe_dispatch/lab/", "moe_dispatch/testing/")
+# What a user imports to train; the rest is for tests and for the commands.
+LIBRARY = {
+    name: source
+    for name, source in FILES.items()
+    if not name.startswith(TOOLS)
+    and name.rpartition("/")[2] not in ("__main__.py", "pytest_plugin.py", "reference.py")
+}
+# Arithmetic of this kind is index arithmetic; elsewhere it needs a reason to be here.
+INDEX_ARITHMETIC = {
+    "moe_dispatch/layout/sharding.py": "which rank holds which token",
+    "moe_dispatch/layout/partition.py": "the pieces themselves",
+    "moe_dispatch/layout/stacked.py": "the tokens of all ranks",
+    "moe_dispatch/layout/mesh.py": "sizes that divide the ranks",
+    "moe_dispatch/wire/agreement.py": "a word of 31 bits",
+    "moe_dispatch/plan/ids/format.py": "steps of 4 bytes",
+    "moe_dispatch/plan/row_index.py": "the plan's running sums",
+    "moe_dispatch/plan/static_index.py": "the slots of a plan of fixed sizes",
+    "moe_dispatch/plan/node_pieces.py": "ranks of a node, and where a token arrives",
+    "moe_dispatch/rows/buffer.py": "units of a row",
+    "moe_dispatch/rows/sums.py": "three parts of each weight",
+    "moe_dispatch/layer/router.py": "how many experts a group has",
+    "moe_dispatch/layer/experts.py": "rows of 16 bytes, and where each expert's rows end",
+}
+COLLECTIVES = {
+    "all_gather", "all_gather_into_tensor", "all_gather_object", "all_gather_single", "all_reduce", "all_to_all",
+    "all_to_all_single", "barrier", "batch_isend_irecv", "broadcast", "broadcast_object_list", "gather_object",
+    "irecv", "isend", "recv", "reduce", "reduce_scatter", "reduce_scatter_single", "reduce_scatter_tensor",
+    "scatter_object_list", "send",
+}  # fmt: skip
+HOST_SYNCS = {"cpu", "item", "nonzero", "numpy", "tolist"}
+MOVES_ROWS = ("dispatch", "combine", "functions", "row_exchange")
+EVERY_LAYER = (
+    *(f"rows/{name}" for name in MOVES_ROWS),
+    "wire/exchange",
+    "wire/regions",
+    "layer/balance",
+    "layer/moe",
+    "layer/router",
+)
+
+
+@pytest.mark.parametrize(
+    ("read", "source", "found"),
+    [
+        (imports, "def f():\n    import torch.distributed as dist", {"torch.distributed"}),
+        (imports, "from torch import distributed, nn", {"torch", "torch.distributed", "torch.nn"}),
+        (imports, "from .a import b", {".a", ".a.b"}),
+        (imports, "from . import a", {".", ".a"}),
+        (calls, "dist.all_reduce(x); f(g)(1)", ["all_reduce", "f"]),
+        (attributes, "x = dist.send", ["send", "x", "dist"]),
+        (index_arithmetic, "a % b", {"%"}),
+        (index_arithmetic, "a //= b", {"//"}),
+        (index_arithmetic, "x.cumsum(0) + divmod(a, b)[0]", {"cumsum", "divmod"}),
+        (index_arithmetic, "a + b * c / d", set()),
+        (mutable_globals, "a = []\nb: dict[int, int] = {}\nc = (1, 2)\nd = list(c)", {"a", "b", "d"}),
+        (mutable_globals, "a = weakref.WeakKeyDictionary()\nb = [1] * 3\nc = {1} | {2}", {"a", "b", "c"}),
+        (mutable_globals, "def f():\n    global cache\n    cache = 1\n    local = []", {"cache"}),
+        (mutable_globals, "class A:\n    pass\nT = TypeVar('T')", set()),
+        (lambda source: list(code_lines(source)), 'def f():\n    """a\n    b"""\n    return 1', [("f", 2)]),
+    ],
+)
+def test_the_readers_see_what_they_look_for(read: object, source: str, found: object) -> None:
+    assert callable(read)
+    assert read(source) == found
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("from ..b import c", {"p/b/c.py"}),
+        ("from ..b.c import x", {"p/b/c.py"}),
+        ("from ..b import x", {"p/b/__init__.py"}),
+        ("def f():\n    import p.b.c", {"p/b/c.py"}),
+        ("from . import d, torch", {"p/a/d.py"}),
+        ("import torch\nfrom q import x", set()),
+    ],
+)
+def test_imports_are_followed_to_their_files(source: str, found: set[str]) -> None:
+    files = dict.fromkeys(("p/b/c.py", "p/b/__init__.py", "p/a/d.py"), "")
+    assert imported_files("p/a/here.py", files | {"p/a/here.py": source}) == found
+
+
+def test_the_rooms_are_there() -> None:
+    assert set(INDEX_ARITHMETIC) <= set(LIBRARY)
+    assert len(LIBRARY) > 40
+
+
+@pytest.mark.parametrize(
+    "name", ["layout/sharding", "layout/partition", "layout/stacked", "plan/row_index", "plan/static_index"]
+)
+def test_index_arithmetic_knows_no_process_groups_and_no_floats(name: str) -> None:
+    source = FILES[f"moe_dispatch/{name}.py"]
+    assert of_torch_distributed(imports(source)) == set()
+    words = set(attributes(source))
+    assert words & {"distributed", "dist", "ProcessGroup"} == set()
+    floats = {"float", "float16", "float32", "float64", "bfloat16", "is_floating_point", "double", "half"}
+    assert words & floats == set()
+
+
+def test_only_exchange_calls_the_all_to_all_and_only_once() -> None:
+    rivals = "moe_dispatch/lab/bench/"  # floors and the textbook, which the exchange is timed against
+    used = {name: attributes(source).count("all_to_all_single") for name, source in FILES.items()}
+    ours = {name: count for name, count in used.items() if count and not name.startswith((rivals, TOOLS[1]))}
+    assert ours == {"moe_dispatch/wire/exchange.py": 1}
+    assert not [name for name, source in LIBRARY.items() if "all_to_all" in attributes(source)]
+
+
+def test_other_collectives_of_the_library_are_sums_of_counts() -> None:
+    used = {(name, call) for name, source in LIBRARY.items() for call in calls(source) if call in COLLECTIVES}
+    assert used == {
+        ("moe_dispatch/wire/exchange.py", "all_to_all_single"),
+        ("moe_dispatch/layer/balance.py", "all_reduce"),
+        ("sp_attention/batch/loss.py", "all_reduce"),
+    }
+
+
+def test_index_arithmetic_stays_in_its_rooms() -> None:
+    of_moe = {name for name in LIBRARY if name.startswith("moe_dispatch/") and index_arithmetic(LIBRARY[name])}
+    assert of_moe == set(INDEX_ARITHMETIC)
+    for name in ("wire/exchange", "call/words", "call/ulysses", "batch/shard"):
+        assert index_arithmetic(FILES[f"sp_attention/{name}.py"]) == set(), name
+
+
+@pytest.mark.parametrize("name", [*(f"rows/{name}" for name in MOVES_ROWS), "wire/regions"])
+def test_moving_rows_needs_no_arithmetic_on_indices(name: str) -> None:
+    source = FILES[f"moe_dispatch/{name}.py"]
+    makers = {"arange", "argsort", "sort", "cumsum", "bincount", "bucketize", "nonzero"}
+    assert set(calls(source)) & makers == set()
+    assert index_arithmetic(source) == set()
+
+
+@pytest.mark.parametrize("name", EVERY_LAYER)
+def test_what_runs_in_every_layer_does_not_wait_for_the_device(name: str) -> None:
+    assert set(calls(FILES[f"moe_dispatch/{name}.py"])) & HOST_SYNCS == set()
+
+
+def test_the_exchange_knows_nothing_of_what_it_moves() -> None:
+    source = FILES["moe_dispatch/wire/exchange.py"]
+    assert {name for name in imports(source) if name.startswith(".")} == set()
+    assert "expert" not in source.lower()
+
+
+def test_autograd_functions_are_the_exchange_and_those_that_move_rows_by_a_plan() -> None:
+    found = {
+        name
+        for name, source in LIBRARY.items()
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.ClassDef) and any(ast.unparse(base).endswith("Function") for base in node.bases)
+    }
+    of_moe = {"moe_dispatch/wire/exchange.py", "moe_dispatch/rows/functions.py"}
+    assert {name for name in found if name.startswith("moe_dispatch/")} == of_moe
+
+
+def test_the_library_needs_no_extras() -> None:
+    optional = {"pydantic", "rich", "matplotlib", "numpy", "pytest", "triton"}
+    for name, source in LIBRARY.items():
+        assert {part.split(".")[0] for part in imports(source)} & optional == set(), name
+
+
+# ---- state ---------------------------------------------------------------------------------------------
+
+
+def test_no_module_holds_anything_that_can_change() -> None:
+    found = {(name, variable) for name, source in FILES.items() for variable in mutable_globals(source)}
+    allowed = {
+        ("moe_dispatch/lab/cli.py", "MODULES_OF_EXTRA"),
+        ("moe_dispatch/lab/validate/config.py", "TABLES"),
+        ("moe_dispatch/lab/validate/config.py", "DEFAULT_OF_ROW"),
+    }  # tables that no code writes to
+    assert {pair for pair in found if pair[1] != "__all__"} - allowed == set()
+
+
+def test_only_the_pool_of_ranks_is_kept_per_process() -> None:
+    cached = {
+        name
+        for name, source in FILES.items()
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.FunctionDef)
+        for decorator in node.decorator_list
+        if "cache" in ast.unparse(decorator) and ast.unparse(decorator) != "cached_property"  # of an object
+    }
+    assert cached == {"moe_dispatch/testing/pool.py"}
+
+
+def test_no_environment_variable_changes_a_result() -> None:
+    assert not [name for name, source in LIBRARY.items() if set(attributes(source)) & {"environ", "getenv"}]
