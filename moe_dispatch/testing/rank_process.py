@@ -1,0 +1,73 @@
+"""The life of a rank that is a process."""
+
+import faulthandler
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from .call import takes_rank
+from .errors import failure_of
+
+OWN_FRAME = f'  File "{__file__}"'  # in a stack file: from here on it is the machinery
+
+
+def stack_file(directory: str, rank: int) -> Path:
+    """Where a rank writes its stack when it is asked to by SIGUSR1, and when it crashes."""
+    return Path(directory, f"stack_{rank}")
+
+
+def rank_main(rank: int, ranks: int, directory: str, connection: Connection) -> None:
+    """Join the group, then answer cases until an empty one."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches all; the parent ends its ranks
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    with stack_file(directory, rank).open("w") as file:
+        faulthandler.enable(file, all_threads=False)
+        faulthandler.register(signal.SIGUSR1, file, all_threads=False)
+        with suppress(EOFError, BrokenPipeError):  # the parent died, or dropped its pool
+            connection.send_bytes(_answer(rank, _join_group, rank, ranks, directory))
+            while case := connection.recv_bytes():
+                connection.send_bytes(_answer(rank, _run_case, rank, case))
+            if dist.is_initialized():  # not after a start that failed
+                dist.destroy_process_group()
+
+
+def _exit_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
+
+
+def _join_group(rank: int, ranks: int, directory: str) -> None:
+    torch.set_num_threads(1)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    limit = timedelta(minutes=30)  # the pool's time-out comes first, and tells where each rank stood
+    store = f"file://{directory}/store"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks, timeout=limit)
+
+
+def _run_case(rank: int, case: bytes) -> Any:
+    sys.path[:], call = pickle.loads(case)
+    fn, args = pickle.loads(call)
+    torch.manual_seed(0)
+    return fn(rank, *args) if takes_rank(fn) else fn(*args)
+
+
+def _answer(rank: int, work: Callable[..., Any], *args: Any) -> bytes:
+    """The pickled result of the work, or the pickled Failure."""
+    try:
+        return pickle.dumps(work(*args))
+    except BaseException as error:  # pytest.fail and sys.exit raise no Exception
+        return pickle.dumps(failure_of(rank, error))

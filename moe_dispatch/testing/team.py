@@ -1,0 +1,121 @@
+"""The ranks of one size that are processes, seen from their parent."""
+
+import multiprocessing
+import os
+import pickle
+import signal
+import tempfile
+import time
+from contextlib import suppress
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from typing import Any
+
+from .errors import Failure, out_of_time, rank_error
+from .rank_process import OWN_FRAME, rank_main, stack_file
+
+START_SECONDS = 120.0  # to spawn: each rank imports torch, 2 s on idle cores and many times that on busy ones
+GRACE_SECONDS = 0.3  # from the first failure to the end of the case: ranks that fail alike take milliseconds
+STACK_SECONDS = 2.0  # for ranks to write where they stand: milliseconds, unless the machine is out of cores
+END_SECONDS = 5.0  # for ranks to leave: 0.2 s, but for ever where gloo waits for a collective that its peer left
+
+
+class Team:
+    """A rank is busy until its answer is read."""
+
+    def __init__(self, ranks: int) -> None:
+        self.size = ranks
+        self.directory = tempfile.TemporaryDirectory(prefix="ranks_", ignore_cleanup_errors=True)
+        self.processes: list[SpawnProcess] = []
+        self.connections: list[Connection] = []
+        self.busy: set[int] = set()
+
+    def start(self) -> None:
+        """Spawn the ranks, unless they live."""
+        if self.processes:
+            return
+        context = multiprocessing.get_context("spawn")
+        for rank in range(self.size):
+            stack_file(self.directory.name, rank).touch()
+            connection, rank_connection = context.Pipe()
+            args = (rank, self.size, self.directory.name, rank_connection)
+            # daemon: a pool that nobody closed does not keep the parent from exiting
+            process = context.Process(target=rank_main, args=args, name=f"rank {rank}", daemon=True)
+            process.start()
+            rank_connection.close()  # the rank's copy is the last one now: its death closes the pipe
+            self.processes.append(process)
+            self.connections.append(connection)
+            self.busy.add(rank)
+        self._collect(f"the start of {self.size} ranks", START_SECONDS)
+
+    def run(self, name: str, case: bytes, timeout: float) -> list[Any]:
+        """Every rank's result of the case."""
+        for rank, connection in enumerate(self.connections):
+            self.busy.add(rank)
+            with suppress(OSError):  # it died while it was idle: _collect says so
+                connection.send_bytes(case)
+        return self._collect(name, timeout)
+
+    def end(self) -> None:
+        """Kill the busy ranks, who may be stuck; let the others end, so that coverage in them writes its data."""
+        for rank in self.busy:
+            self.processes[rank].kill()
+        for connection in self.connections:
+            with suppress(OSError):  # it died
+                connection.send_bytes(b"")
+            connection.close()
+        deadline = time.monotonic() + END_SECONDS
+        for process in self.processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+            process.kill()
+            process.join()
+            process.close()
+        self.directory.cleanup()
+
+    def _collect(self, name: str, timeout: float) -> list[Any]:
+        answers: dict[int, Any] = {}
+        deadline = time.monotonic() + timeout
+        while self.busy:
+            connections = {self.connections[rank]: rank for rank in self.busy}
+            ready = wait(list(connections), max(0.0, deadline - time.monotonic()))
+            if not ready:
+                break
+            for rank in [rank for connection, rank in connections.items() if connection in ready]:
+                answers[rank] = self._receive(rank)
+                if isinstance(answers[rank], Failure):
+                    deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
+        failures = [answer for answer in answers.values() if isinstance(answer, Failure)]
+        if failures:
+            unfinished = f"ranks {sorted(self.busy)} had not finished, and were killed" if self.busy else ""
+            raise rank_error(name, self.size, failures, unfinished)
+        if self.busy:
+            self._ask_for_stacks()
+            raise out_of_time(name, self.size, {rank: self._stack(rank) for rank in self.busy}, timeout)
+        return [answers[rank] for rank in range(self.size)]
+
+    def _receive(self, rank: int) -> Any:
+        process = self.processes[rank]
+        try:
+            answer = self.connections[rank].recv_bytes()
+        except (EOFError, OSError):
+            process.join(END_SECONDS)
+            text = f"rank {rank} died with exit code {process.exitcode}\n{self._stack(rank)}".rstrip()
+            # Time 0 puts it first: a peer that lost its connection to it may raise before we see the death.
+            answer = pickle.dumps(Failure(text=text, when=0.0))
+        self.busy.discard(rank)
+        return pickle.loads(answer)
+
+    def _ask_for_stacks(self) -> None:
+        """Have the busy ranks write where they stand, in Python or in a collective; return once they have."""
+        for process in (self.processes[rank] for rank in self.busy):
+            if process.is_alive() and process.pid:
+                os.kill(process.pid, signal.SIGUSR1)
+        deadline = time.monotonic() + STACK_SECONDS
+        while time.monotonic() < deadline:
+            time.sleep(0.02)
+            if all(OWN_FRAME in stack_file(self.directory.name, rank).read_text() for rank in self.busy):
+                return  # most recent call first: once our own frames are there, theirs are
+
+    def _stack(self, rank: int) -> str:
+        """The traceback that the rank wrote, most recent call first, without our own frames; may be empty."""
+        return stack_file(self.directory.name, rank).read_text().split(OWN_FRAME)[0].rstrip()

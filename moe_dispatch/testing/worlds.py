@@ -1,0 +1,87 @@
+"""What torch.distributed keeps per process, kept per rank. Private parts of torch, as of 2.13, are used here only.
+
+``distributed_c10d._world`` holds the default group and the facts of all groups; torch names it an extension point. A
+registry in C++ finds groups by name, for DeviceMesh and for functional collectives; it can be told to look among the
+groups of the calling thread.
+"""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch.distributed as dist
+from torch._C import _distributed_c10d
+from torch.distributed import distributed_c10d as c10d
+
+registry: Any = _distributed_c10d  # its stub does not know all of it
+BACKEND = "cpu:threaded"  # not registered with torch: no group is made from this name alone
+
+
+@dataclass
+class World:
+    """The fields of torch's own, for one rank."""
+
+    default_pg: dist.ProcessGroup | None = None
+    pg_map: dict[Any, Any] = field(default_factory=dict)
+    pg_names: dict[Any, Any] = field(default_factory=dict)
+    pg_group_ranks: dict[Any, Any] = field(default_factory=dict)
+    pg_backend_config: dict[Any, Any] = field(default_factory=dict)
+    group_count: int = 1  # the default group is named "0"
+    tags_to_pg: dict[Any, Any] = field(default_factory=dict)
+    pg_to_tag: dict[Any, Any] = field(default_factory=dict)
+    pg_coalesce_state: dict[Any, Any] = field(default_factory=dict)
+    comms: list[Any] = field(default_factory=list)
+
+
+class Worlds:
+    """Stands in for ``_world``: that of the calling thread, or the process's, if the thread is no rank."""
+
+    def __init__(self, of_process: Any) -> None:
+        vars(self).update(_of_process=of_process, _of_thread=threading.local(), _leaving=threading.Lock())
+
+    @contextmanager
+    def of(self, group: dist.ProcessGroup) -> Iterator[None]:
+        """Make the calling thread a rank of ``group``, its default group."""
+        registry._unregister_all_process_groups()  # of a thread that had this one's number before
+        self._of_thread.world = World(default_pg=group)
+        ranks = {rank: rank for rank in range(group.size())}
+        c10d._register_pg_in_world(group, BACKEND, registry.HashStore(), group.group_name, BACKEND, ranks)
+        try:
+            yield
+        finally:
+            del self._of_thread.world
+            with self._leaving:
+                if c10d._world is self:  # else the groups are no longer the thread's, but the process's
+                    registry._unregister_all_process_groups()
+
+    def end(self) -> None:
+        with self._leaving:
+            registry._set_thread_isolation_mode(False)
+            c10d._world = self._of_process
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(getattr(self._of_thread, "world", self._of_process), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(getattr(self._of_thread, "world", self._of_process), name, value)
+
+
+@contextmanager
+def world_per_thread() -> Iterator[Worlds]:
+    """Until the block ends, each thread can have a world.
+
+    Raises:
+        ValueError: inside such a block.
+    """
+    of_process = c10d._world
+    if isinstance(of_process, Worlds):
+        raise ValueError("a run of RankThreads within a run of RankThreads; there can be one at a time in a process")
+    worlds = Worlds(of_process)
+    c10d._world = worlds  # type: ignore[assignment]
+    registry._set_thread_isolation_mode(True)
+    try:
+        yield worlds
+    finally:
+        worlds.end()
