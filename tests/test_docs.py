@@ -2,6 +2,7 @@
 
 import importlib
 import re
+from inspect import signature
 from pathlib import Path
 from types import ModuleType
 
@@ -28,6 +29,7 @@ def module_of_page(page: Path, directory: Path, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: page.stem)
 def test_the_code_of_a_page_prints_what_the_page_shows(
     page: Path,
+    request: pytest.FixtureRequest,
     rank_pool: RankPool,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -38,6 +40,9 @@ def test_the_code_of_a_page_prints_what_the_page_shows(
     if hasattr(module, "main"):
         module.main()
     assert capsys.readouterr().out == "".join(fences(page, "text"))
+    for name, shown_test in vars(module).items():
+        if name.startswith("test_"):
+            shown_test(*(request.getfixturevalue(fixture) for fixture in signature(shown_test).parameters))
 
 
 def test_pages_show_the_plan_as_printed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -69,6 +74,10 @@ def test_commands_and_files_that_a_page_names_exist(page: Path) -> None:
     for command in re.findall(r"python -m moe_dispatch (\w+)", text):
         with pytest.raises(SystemExit, match="0"):
             cli.main([command, "--help"])
+
+
+def test_the_design_fits_a_screen() -> None:
+    assert max(len(line) for line in (ROOT / "DESIGN.md").read_text().splitlines()) <= 100
 
 
 def test_the_index_names_every_page() -> None:
