@@ -8,7 +8,9 @@ from types import ModuleType
 
 import pytest
 
+import moe_dispatch
 import moe_dispatch.testing
+import sp_attention
 from moe_dispatch.lab import cli
 from moe_dispatch.testing import RankPool
 
@@ -86,3 +88,10 @@ def test_the_index_names_every_page() -> None:
     assert {link.removesuffix(".md") for link in links(index) if link.endswith(".md")} == pages
     entries = {line for block in fences(index, "{toctree}") for line in block.splitlines() if line[:1].isalpha()}
     assert entries == pages | {f"api/{page.stem}" for page in (ROOT / "docs/api").glob("*.md")}
+
+
+def test_every_public_name_is_in_the_reference_once() -> None:
+    for module in (moe_dispatch, moe_dispatch.testing, sp_attention):
+        page = ROOT / "docs/api" / f"{module.__name__.removeprefix('moe_dispatch.')}.md"
+        documented = re.findall(r"^\.\. auto(?:function|class|exception):: (\w+)", page.read_text(), re.MULTILINE)
+        assert sorted(documented) == sorted(module.__all__)

@@ -60,7 +60,14 @@ def test_the_training_step_prints_what_the_readme_shows(rank_pool: RankPool, exa
 
 @pytest.mark.parametrize(
     ("page", "name"),
-    [("README.md", "Block"), ("README.md", "SelfAttention"), ("README.md", "Model"), ("docs/layer.md", "moe")],
+    [
+        ("README.md", "Block"),
+        ("README.md", "SelfAttention"),
+        ("README.md", "Model"),
+        ("docs/layer.md", "moe"),
+        ("docs/many-nodes.md", "over_nodes"),
+        ("docs/fixed-sizes.md", "of_fixed_sizes"),
+    ],
 )
 def test_plugging_it_in_takes_less_than_20_lines(page: str, name: str) -> None:
     source = "\n\n\n".join(block.strip() for block in fences(ROOT / page, "python"))

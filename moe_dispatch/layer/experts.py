@@ -24,7 +24,9 @@ class GroupedExperts(nn.Module):
         hidden: F.
 
     Attributes:
-        gate_eDF, up_eDF, down_eFD: the weights. An expert without rows gets a zero gradient, not a missing one.
+        gate_eDF: weights of the gate. An expert without rows gets a zero gradient, not a missing one.
+        up_eDF: weights beside the gate.
+        down_eFD: weights of the way back to D.
     """
 
     def __init__(self, num_experts: int, dim: int, hidden: int) -> None:

@@ -21,8 +21,8 @@ class ParallelMesh:
 
     @property
     def ep_ranks(self) -> tuple[int, ...]:
-        """Global ranks of this rank's "ep" group, in its order: what ``TokenSharding.select`` of the whole mesh
-        needs."""
+        """Global ranks of this rank's "ep" group, in its order, as ``TokenSharding.select`` of the whole mesh
+        needs them."""
         return tuple(dist.get_process_group_ranks(self.expert.get_group("ep")))
 
 

@@ -34,7 +34,9 @@ class TokenSharding:
     grid: ``row * L + position`` for "BL", ``position * B + row`` for "LB".
 
     Attributes:
-        batch, seq, order: as given, each as a Partition.
+        batch: as given, as a Partition.
+        seq: as given, as a Partition.
+        order: as given.
         rectangles: the rectangle that each rank holds, in the numbering above.
         num_ranks: shards, one per rank of the group.
         num_tokens: tokens of the whole grid, B * L.

@@ -50,7 +50,7 @@ class HierarchicalPlan:
 
     @property
     def local_shape(self) -> tuple[int, int, int]:
-        """(b, l, D), or (l, b, D) for order "LB": the shape of this rank's tokens."""
+        """The shape of this rank's tokens, (b, l, D), or (l, b, D) for order "LB"."""
         return self.between.local_shape
 
     @property

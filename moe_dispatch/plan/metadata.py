@@ -39,10 +39,10 @@ class DispatchMetadata:
         received_of_row_M: received row that each row is a copy of.
         choice_of_row_M: which of its token's K choices each row is.
         token_of_sent_S: local token of each sent row.
-        sent_of_entry_S, first_entry_t: the sent rows of local token i are those of the entries from
-            ``first_entry_t[i]`` on.
-        row_of_entry_M, first_entry_R: the rows of received row i are those of the entries from ``first_entry_R[i]``
-            on.
+        sent_of_entry_S: the sent row of each entry of the sums over tokens.
+        first_entry_t: the sent rows of local token i are those of the entries from ``first_entry_t[i]`` on.
+        row_of_entry_M: the row of each entry of the sums over received rows.
+        first_entry_R: the rows of received row i are those of the entries from ``first_entry_R[i]`` on.
     """
 
     local_shape: tuple[int, int, int]

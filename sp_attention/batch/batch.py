@@ -25,8 +25,8 @@ class Batch:
             document. They do not say where documents are.
         attention_mask: (B, L), (B, 1, 1, L) or (B, 1, L, L); bool or 0/1 ints (True, 1 attends), or floats that are
             added to the products (0 attends, -inf does not).
-        cu_seqlens, cu_seqlens_padded: (documents + 1,) ints, for B = 1, best on the CPU; see
-            :func:`ulysses_attention`.
+        cu_seqlens: (documents + 1,) ints, for B = 1, best on the CPU; see :func:`ulysses_attention`.
+        cu_seqlens_padded: (documents + 1,) ints; see there.
         ignore_index: the target of a token that has none.
     """
 
@@ -45,7 +45,8 @@ class Chunk:
     """Consecutive places of one rank's tokens, c of each row, in the order of the sharding; all views.
 
     Attributes:
-        token_Bc, target_Bc: (B, c) or (c, B).
+        token_Bc: (B, c) or (c, B).
+        target_Bc: (B, c) or (c, B).
         position_Bc: (B, c) or (c, B), or that after a first dimension of 3.
         real_Bc: bool, False at padding.
         attn_mask: (B or 1, N or 1, c or 1, L): the rows of these queries, all keys.
@@ -65,14 +66,17 @@ class ShardedBatch:
     """One rank's part of a :class:`Batch`, made by :func:`shard_batch`.
 
     Attributes:
-        token_Bl, target_Bl: (B, l), or (l, B) for order "LB"; targets int64, ``ignore_index`` where nothing counts.
+        token_Bl: (B, l), or (l, B) for order "LB".
+        target_Bl: of that shape, int64, ``ignore_index`` where nothing counts.
         position_Bl: (B, l), (l, B), or that after a first dimension of 3.
         real_Bl: bool, False at padding.
         key_padding_mask: (B, L) bool, whole, or None.
         attn_mask: (B or 1, N or 1, L or 1, L), whole, or None.
-        cu_seqlens, cu_seqlens_padded: whole, or None.
+        cu_seqlens: whole, or None.
+        cu_seqlens_padded: whole, or None.
         ignore_index: as in the batch.
-        sharding, rank: whose part it is.
+        sharding: which tokens each rank holds.
+        rank: whose part it is.
     """
 
     token_Bl: Tensor
@@ -89,12 +93,12 @@ class ShardedBatch:
 
     @property
     def loss_mask_Bl(self) -> Tensor:
-        """Bool: where the loss counts."""
+        """Where the loss counts, bool."""
         return self.target_Bl != self.ignore_index
 
     @property
     def attention(self) -> dict[str, Any]:
-        """The sharding, masks and documents: keyword arguments of :func:`ulysses_attention`."""
+        """The sharding, masks and documents, as keyword arguments of :func:`ulysses_attention`."""
         names = ("sharding", "key_padding_mask", "attn_mask", "cu_seqlens", "cu_seqlens_padded")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
