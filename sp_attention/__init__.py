@@ -1,8 +1,16 @@
-"""Ulysses sequence-parallel attention: equal to attention on one rank, for any lengths, heads and masks."""
+"""Ulysses sequence-parallel attention: equal to attention on one rank, for any lengths, heads and masks.
+
+Words for where a token is:
+
+    place      in the whole sequence, 0 to L - 1, padding included; where documents are packed, in the packed sequence
+    position   the position id that the model embeds (rotary, learned); it may start anew in each document
+    document   a run of places whose tokens attend to each other only
+    padding    a place that holds no token
+"""
 
 from .attend.default import scaled_dot_product
 from .attend.flex import flex_attend
-from .batch.batch import Batch, Chunk, ShardedBatch, gather_outputs
+from .batch.batch import Batch, ShardedBatch, gather_outputs
 from .batch.labels import shift_labels
 from .batch.loss import MeanLoss, mean_cross_entropy, mean_loss
 from .batch.shard import shard_batch
@@ -12,7 +20,6 @@ from .wire.exchange import heads_from_tokens, tokens_from_heads
 
 __all__ = [
     "Batch",
-    "Chunk",
     "MeanLoss",
     "ShardedBatch",
     "UlyssesAttention",

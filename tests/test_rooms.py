@@ -18,6 +18,7 @@ FLOORS = (
     ("moe_dispatch/__init__.py", "moe_dispatch/internals.py"),
     ("moe_dispatch/reference.py", "moe_dispatch/testing/"),
     ("moe_dispatch/pytest_plugin.py",),
+    ("sp_attention/dtypes.py",),
     ("sp_attention/wire/",),
     ("sp_attention/attend/",),
     ("sp_attention/call/",),

@@ -1,7 +1,5 @@
 """The default ``attend``: scaled_dot_product_attention with every option that one rank has."""
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -9,7 +7,9 @@ from torch import Tensor
 
 from moe_dispatch.internals import cast_to_autocast, without_autocast
 
+from ..dtypes import dtype_of_sums
 from .dropout import Dropout
+from .masks import MergedMask, without_padding
 
 CPU_ALIGNMENT_BYTES = 64
 
@@ -43,10 +43,10 @@ def scaled_dot_product(
     Returns:
         (B, Lq, n, Hv), in the dtype of autocast where that is on. A query with nothing to attend to gives 0.
     """
+    # ulysses_attention has cast before it sends. This is for a caller of this function alone: masks and the softmax
+    # by hand need the dtype before torch's own function would cast.
     q_BLnH, k_BLgH, v_BLgH = (cast_to_autocast(x) for x in (q_BLnH, k_BLgH, v_BLgH))
-    if key_padding_mask is not None:
-        away_BL11 = ~key_padding_mask[:, :, None, None]
-        k_BLgH, v_BLgH = k_BLgH.masked_fill(away_BL11, 0.0), v_BLgH.masked_fill(away_BL11, 0.0)
+    k_BLgH, v_BLgH = without_padding(k_BLgH, v_BLgH, key_padding_mask)
     factor = q_BLnH.shape[3] ** -0.5 if scale is None else scale  # before the width is padded
     q_BnLH, k_BgLH, v_BgLH = (_heads_first(x) for x in (q_BLnH, k_BLgH, v_BLgH))
     lengths = (q_BnLH.shape[2], k_BgLH.shape[2])
@@ -57,7 +57,7 @@ def scaled_dot_product(
             q_BnLH, k_BgLH, v_BgLH, is_causal=is_causal, scale=factor, enable_gqa=True
         )
         return _tokens_first(out_BnLH, v_BLgH.shape[3])
-    mask = Mask.of(lengths, is_causal, window, attn_mask, key_padding_mask, q_BLnH)
+    mask = MergedMask.of(lengths, is_causal, window, attn_mask, key_padding_mask, q_BLnH)
     if sinks_n is None and dropout is None:
         out_BnLH = F.scaled_dot_product_attention(
             q_BnLH, k_BgLH, v_BgLH, attn_mask=mask.values, scale=factor, enable_gqa=True
@@ -84,65 +84,11 @@ def _tokens_first(out_BnLH: Tensor, width: int) -> Tensor:
     return rearrange(out_BnLH[..., :width], "b n l h -> b l n h")
 
 
-@dataclass(frozen=True, slots=True)
-class Mask:
-    """What may attend to what.
-
-    Attributes:
-        values: broadcasts to (B, n, Lq, Lk); bool, or added to the products. A row with no key has all of them, so
-            that no softmax is over nothing.
-        closed: broadcasts to (B, n, Lq, 1), those rows.
-    """
-
-    values: Tensor
-    closed: Tensor
-
-    @classmethod
-    def of(
-        cls,
-        lengths: tuple[int, int],
-        is_causal: bool,
-        window: tuple[int, int] | None,
-        attn_mask: Tensor | None,
-        key_padding_mask: Tensor | None,
-        like: Tensor,
-    ) -> "Mask":
-        allowed = allowed_by_place(lengths, is_causal, window, like.device)[None, None]
-        if key_padding_mask is not None:
-            allowed = allowed & key_padding_mask[:, None, None, :]
-        if attn_mask is None or attn_mask.dtype == torch.bool:
-            values = allowed if attn_mask is None else allowed & attn_mask
-            closed = ~values.any(-1, keepdim=True)
-            return cls(values | closed, closed)
-        # Cast first: the lowest float32, a usual way to say "no", is -inf in bfloat16.
-        attn_mask = attn_mask.to(like.dtype)
-        allowed = allowed & (attn_mask > -torch.inf)
-        closed = ~allowed.any(-1, keepdim=True)
-        values = attn_mask.masked_fill(~allowed, -torch.inf).masked_fill(closed, 0.0)
-        return cls(values, closed)
-
-
-def allowed_by_place(
-    lengths: tuple[int, int], is_causal: bool, window: tuple[int, int] | None, device: torch.device
-) -> Tensor:
-    """(Lq, Lk) bool: causal and window, with the last query at the place of the last key."""
-    queries, keys = lengths
-    distance = torch.arange(keys, device=device) - torch.arange(keys - queries, keys, device=device)[:, None]
-    left, right = window if window is not None else (-1, -1)
-    right = 0 if is_causal else right
-    allowed = torch.ones_like(distance, dtype=torch.bool)
-    if left >= 0:
-        allowed &= distance >= -left
-    if right >= 0:
-        allowed &= distance <= right
-    return allowed
-
-
 def _softmax_by_hand(
     q_BnLH: Tensor,
     k_BgLH: Tensor,
     v_BgLH: Tensor,
-    mask: Mask,
+    mask: MergedMask,
     scale: float,
     sinks_n: Tensor | None,
     dropout: Dropout | None,
@@ -152,7 +98,7 @@ def _softmax_by_hand(
     The sink is one key more, whose value is 0; without sinks it is masked. So there are always two keys or more: with
     one, a CPU product over a single head takes another kernel, and another last bit, than over several.
     """
-    dtype = torch.promote_types(q_BnLH.dtype, torch.float32)
+    dtype = dtype_of_sums(q_BnLH)
     heads = q_BnLH.shape[1]
     k_BnLH, v_BnLH = (
         F.pad(x.repeat_interleave(heads // x.shape[1], dim=1).to(dtype), (0, 0, 0, 1)) for x in (k_BgLH, v_BgLH)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .dropout import Dropout
+from .empty import attend_or_zeros, zeros
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,22 +117,6 @@ def attend_documents(
     # An empty piece that is in the graph even where there is no document.
     pieces.append(attend_or_zeros(attend, q_BLnH[:, :0], k_BLgH[:, :0], v_BLgH[:, :0], options))
     return torch.cat(pieces, dim=1)
-
-
-def attend_or_zeros(
-    attend: Callable[..., Tensor], q_BLnH: Tensor, k_BLgH: Tensor, v_BLgH: Tensor, options: Mapping[str, Any]
-) -> Tensor:
-    """``attend``, unless there is no query, head or key: then zeros, in the graph of the tensors and of whatever is
-    learned among the options: every rank takes part in backward."""
-    if q_BLnH.numel() and k_BLgH.numel() and v_BLgH.shape[3]:
-        return attend(q_BLnH, k_BLgH, v_BLgH, **options)
-    learned = [x for x in options.values() if isinstance(x, Tensor) and x.is_floating_point()]
-    zero = sum(x.flatten()[:0].sum().to(q_BLnH.dtype) for x in (q_BLnH, k_BLgH, v_BLgH, *learned))
-    return zeros(q_BLnH.shape[1], q_BLnH, v_BLgH) + zero
-
-
-def zeros(length: int, q_BLnH: Tensor, v_BLgH: Tensor) -> Tensor:
-    return q_BLnH.new_zeros(q_BLnH.shape[0], length, q_BLnH.shape[2], v_BLgH.shape[3])
 
 
 def _of_document(options: Mapping[str, Any], start: int, end: int) -> dict[str, Any]:

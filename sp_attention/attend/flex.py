@@ -9,9 +9,12 @@ from torch.nn.attention.flex_attention import and_masks, create_block_mask, flex
 
 from moe_dispatch.internals import without_autocast
 
+from ..dtypes import dtype_of_sums
+from .masks import sides_of, without_padding
+
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-Grid = tuple[int, int, int, int]  # batch, heads at hand, queries, keys
+ProductsShape = tuple[int, int, int, int]  # batch, heads at hand, queries, keys
 
 
 def flex_attend(
@@ -50,22 +53,20 @@ def flex_attend(
         first_head: int = 0,
     ) -> Tensor:
         """See :func:`flex_attend`; ``first_head`` is the global number of the first head at hand."""
-        if key_padding_mask is not None:  # 0 * NaN is NaN
-            away_BL11 = ~key_padding_mask[:, :, None, None]
-            k_BLgH, v_BLgH = k_BLgH.masked_fill(away_BL11, 0.0), v_BLgH.masked_fill(away_BL11, 0.0)
+        k_BLgH, v_BLgH = without_padding(k_BLgH, v_BLgH, key_padding_mask)
         q_BnLH, k_BgLH, v_BgLH = (rearrange(x, "b l n h -> b n l h") for x in (q_BLnH, k_BLgH, v_BLgH))
-        grid = (q_BnLH.shape[0], q_BnLH.shape[1], q_BnLH.shape[2], k_BgLH.shape[2])
-        masks = _masks_of_call(grid, is_causal, window, key_padding_mask, attn_mask)
+        shape = (q_BnLH.shape[0], q_BnLH.shape[1], q_BnLH.shape[2], k_BgLH.shape[2])
+        masks = _masks_of_call(shape, is_causal, window, key_padding_mask, attn_mask)
         if mask_mod is not None:
             masks.append(_of_global_head(mask_mod, first_head))
-        mask, score = and_masks(*masks) if masks else None, _score(score_mod, first_head, attn_mask, grid)
+        mask, score = and_masks(*masks) if masks else None, _score(score_mod, first_head, attn_mask, shape)
         if q_BLnH.device.type == "cpu" and torch.is_grad_enabled():
             with without_autocast(q_BLnH):
                 out_BnLH = _attend_on_whole_tensors(q_BnLH, k_BgLH, v_BgLH, score, mask, scale)
         else:
-            whole = grid[2:]  # evaluated as a whole: for each batch row and head only where they differ
-            per_row = grid[0] if key_padding_mask is not None or attn_mask is not None or mask_mod else None
-            per_head = grid[1] if attn_mask is not None or mask_mod else None
+            whole = shape[2:]  # evaluated as a whole: for each batch row and head only where they differ
+            per_row = shape[0] if key_padding_mask is not None or attn_mask is not None or mask_mod else None
+            per_head = shape[1] if attn_mask is not None or mask_mod else None
             sizes = (per_row, per_head, *whole)
             block_mask = None if mask is None else create_block_mask(mask, *sizes, device=q_BLnH.device)
             out_BnLH = attention(
@@ -77,16 +78,15 @@ def flex_attend(
 
 
 def _masks_of_call(
-    grid: Grid,
+    shape: ProductsShape,
     is_causal: bool,
     window: tuple[int, int] | None,
     key_padding_mask: Tensor | None,
     attn_mask: Tensor | None,
 ) -> list[MaskMod]:
     masks: list[MaskMod] = []
-    _, _, queries, keys = grid
-    left, right = window if window is not None else (-1, -1)
-    right = 0 if is_causal else right
+    _, _, queries, keys = shape
+    left, right = sides_of(is_causal, window)
     if left >= 0:
         furthest = keys - queries - left
         masks.append(lambda b, h, q, k: k - q >= furthest)
@@ -96,7 +96,7 @@ def _masks_of_call(
     if key_padding_mask is not None:
         masks.append(lambda b, h, q, k: key_padding_mask[b, k])
     if attn_mask is not None:
-        allowed_BnLL = (attn_mask if attn_mask.dtype == torch.bool else attn_mask > -torch.inf).expand(grid)
+        allowed_BnLL = (attn_mask if attn_mask.dtype == torch.bool else attn_mask > -torch.inf).expand(shape)
         masks.append(lambda b, h, q, k: allowed_BnLL[b, h, q, k])
     return masks
 
@@ -105,10 +105,10 @@ def _of_global_head(mask_mod: MaskMod, first_head: int) -> MaskMod:
     return lambda b, h, q, k: mask_mod(b, h + first_head, q, k)
 
 
-def _score(score_mod: ScoreMod | None, first_head: int, attn_mask: Tensor | None, grid: Grid) -> ScoreMod:
+def _score(score_mod: ScoreMod | None, first_head: int, attn_mask: Tensor | None, shape: ProductsShape) -> ScoreMod:
     """``score_mod`` of global heads, then the float mask."""
     is_bias = attn_mask is not None and attn_mask.is_floating_point()
-    bias_BnLL = attn_mask.expand(grid) if attn_mask is not None and is_bias else None
+    bias_BnLL = attn_mask.expand(shape) if attn_mask is not None and is_bias else None
 
     def score(s: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         s = s if score_mod is None else score_mod(s, b, h + first_head, q, k)
@@ -121,7 +121,7 @@ def _attend_on_whole_tensors(
     q_BnLH: Tensor, k_BgLH: Tensor, v_BgLH: Tensor, score: ScoreMod, mask: MaskMod | None, scale: float | None
 ) -> Tensor:
     """What flex_attention computes, with a gradient on any device; in float32, or float64 for float64."""
-    dtype = torch.promote_types(q_BnLH.dtype, torch.float32)
+    dtype = dtype_of_sums(q_BnLH)
     heads = q_BnLH.shape[1]
     k_BnLH, v_BnLH = (x.to(dtype).repeat_interleave(heads // x.shape[1], dim=1) for x in (k_BgLH, v_BgLH))
     product_BnLL = q_BnLH.to(dtype) @ k_BnLH.mT * (q_BnLH.shape[3] ** -0.5 if scale is None else scale)

@@ -11,6 +11,8 @@ from torch import Tensor
 from moe_dispatch import Partition, TokenSharding, agree, gather_tokens
 from moe_dispatch.internals import check_group
 
+from ..wire.order import batch_first, token_dim
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Batch:
@@ -114,7 +116,7 @@ class ShardedBatch:
         """
         if size < 1:
             raise ValueError(f"chunks of {size} places; size has to be at least 1")
-        dim = -1 if self.sharding.order == "BL" else -2
+        dim = token_dim(self.sharding)
         pieces = max(len(range(0, max(self.sharding.seq.sizes), size)), 1)
         cut = Partition.balanced(self.token_Bl.shape[dim], pieces)
         # The batch is not cut, so a rank's rectangle is its piece of the sequence.
@@ -156,8 +158,7 @@ def gather_outputs(x_BlD: Tensor, *, batch: ShardedBatch, group: dist.ProcessGro
     )
     padding_Bl = ~batch.real_Bl
     x_BlD = x_BlD.masked_fill(padding_Bl.view(*padding_Bl.shape, *(1,) * (x_BlD.ndim - 2)), 0)
-    x_BLD = gather_tokens(x_BlD, sharding=batch.sharding, group=group)
-    return x_BLD if batch.sharding.order == "BL" else x_BLD.transpose(0, 1)
+    return batch_first(gather_tokens(x_BlD, sharding=batch.sharding, group=group), batch.sharding)
 
 
 def _problem_of_output(x_BlD: Tensor, batch: ShardedBatch) -> str:

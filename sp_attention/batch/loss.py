@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moe_dispatch.internals import Statement, check_group
 
-from .labels import is_integer
+from ..dtypes import dtype_of_sums, is_integer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -64,7 +64,7 @@ def mean_loss(loss_Bl: Tensor, target_Bl: Tensor, *, group: dist.ProcessGroup, i
     if problem:
         return _mean(loss_Bl, 0, problem, group)
     no_target_Bl = target_Bl == ignore_index
-    loss_Bl = loss_Bl.to(_dtype_of_sums(loss_Bl)).masked_fill(no_target_Bl, 0.0)
+    loss_Bl = loss_Bl.to(dtype_of_sums(loss_Bl)).masked_fill(no_target_Bl, 0.0)
     return _mean(loss_Bl.sum(), (~no_target_Bl).sum(), "", group)
 
 
@@ -98,7 +98,7 @@ def mean_cross_entropy(
             f"{logits_BlV.shape[-1] - 1}, or ignore_index = {ignore_index}"
         )
         return _mean(logits_BlV, 0, problem, group)
-    logits_cV = logits_BlV.flatten(0, -2)[has_target_t].to(_dtype_of_sums(logits_BlV))
+    logits_cV = logits_BlV.flatten(0, -2)[has_target_t].to(dtype_of_sums(logits_BlV))
     return _mean(F.cross_entropy(logits_cV, target_c, reduction="sum"), len(target_c), "", group)
 
 
@@ -127,7 +127,3 @@ def _problem_of_targets(target_Bl: Tensor, device: torch.device) -> str:
     if target_Bl.device != device:
         return f"targets are on {target_Bl.device}, but what they are for on {device}; move them there"
     return ""
-
-
-def _dtype_of_sums(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)

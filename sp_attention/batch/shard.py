@@ -15,8 +15,11 @@ from moe_dispatch.internals import check_group, digest
 
 from ..attend.documents import Documents
 from ..attend.dropout import mix
+from ..dtypes import is_integer
+from ..wire.order import in_order
 from .batch import Batch, ShardedBatch
-from .labels import Masks, document_of_place, documents_of, is_integer, place_in_document, shift_labels
+from .labels import default_positions, document_of_place, documents_of, shift_labels
+from .masks import BatchMask
 
 TENSORS = (
     "token_BL",
@@ -49,9 +52,9 @@ def shard_batch(batch: Batch, *, sharding: TokenSharding, group: dist.ProcessGro
     try:
         _check_types(batch, sharding)
         check_group(group, sharding.num_ranks, "the token sharding")
-        whole = Whole.of(batch, sharding)
-        facts = whole.facts(sharding, batch.ignore_index)
-        sharded = whole.part(batch, sharding, group.rank())
+        completed = CompletedBatch.of(batch, sharding)
+        facts = completed.facts(sharding, batch.ignore_index)
+        sharded = completed.part(batch, sharding, group.rank())
     except ValueError as error:
         problem = str(error)
     except Exception as error:  # whatever it is, the peers wait for a word about it
@@ -65,32 +68,32 @@ def shard_batch(batch: Batch, *, sharding: TokenSharding, group: dist.ProcessGro
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Whole:
+class CompletedBatch:
     """A batch with what follows from it.
 
     Attributes:
         token_BL, position_BL: as in the batch.
         target_BL: (B, L) int64, ``ignore_index`` at padding and where the loss mask says so.
         real_BL: (B, L) bool, False at padding.
-        masks, documents: what attention needs.
+        mask, documents: what attention needs.
     """
 
     token_BL: Tensor
     target_BL: Tensor
     position_BL: Tensor | None
     real_BL: Tensor
-    masks: Masks
+    mask: BatchMask
     documents: Documents | None
 
     @classmethod
-    def of(cls, batch: Batch, sharding: TokenSharding) -> "Whole":
+    def of(cls, batch: Batch, sharding: TokenSharding) -> "CompletedBatch":
         """Complete the batch, or raise ValueError for what is wrong with it."""
         shape = (sharding.batch.total, sharding.seq.total)
         _check_sharding(sharding)
         _check_fields(batch, shape)
-        masks = Masks.of(batch.attention_mask, shape)
+        mask = BatchMask.of(batch.attention_mask, shape)
         documents = documents_of(batch.cu_seqlens, batch.cu_seqlens_padded, shape)
-        real_BL = (document_of_place(shape, masks, documents) >= 0).to(batch.token_BL.device)
+        real_BL = (document_of_place(shape, mask, documents) >= 0).to(batch.token_BL.device)
         target_BL = batch.target_BL
         if target_BL is None:
             target_BL = shift_labels(
@@ -106,13 +109,13 @@ class Whole:
             target_BL=target_BL.to(torch.int64).masked_fill(~counts_BL, batch.ignore_index),
             position_BL=batch.position_BL,
             real_BL=real_BL,
-            masks=masks,
+            mask=mask,
             documents=documents,
         )
 
     def facts(self, sharding: TokenSharding, ignore_index: int) -> str:
         """What the ranks have to agree about, in few words."""
-        mask = self.masks.attn_mask
+        attn_mask = self.mask.attn_mask
         facts = {
             "sharding": f"batch {sharding.batch.sizes}, seq {sharding.seq.sizes}, order {sharding.order!r}, "
             f"ranks {sharding.rectangles}",
@@ -121,7 +124,7 @@ class Whole:
             "ignore_index": f"{ignore_index}",
             "positions": "default" if self.position_BL is None else fingerprint(self.position_BL),
             "real": fingerprint(self.real_BL),
-            "attn_mask": "none" if mask is None else f"{tuple(mask.shape)} of {mask.dtype}",
+            "attn_mask": "none" if attn_mask is None else f"{tuple(attn_mask.shape)} of {attn_mask.dtype}",
             "documents": "none" if self.documents is None else f"{self.documents.ends} at {self.documents.starts}",
         }
         return "; ".join(f"{name} {shortened(value)}" for name, value in facts.items())
@@ -129,9 +132,9 @@ class Whole:
     def part(self, batch: Batch, sharding: TokenSharding, rank: int) -> ShardedBatch:
         """What of it is ``rank``'s."""
         if self.position_BL is None:
-            place_L = place_in_document(sharding.seq.total, self.documents).to(self.token_BL.device)
-            place_t = place_L[sharding.positions(rank, self.token_BL.device)]
-            position_Bl = place_t.view(sharding.local_shape(rank))
+            position_L = default_positions(sharding.seq.total, self.documents).to(self.token_BL.device)
+            position_t = position_L[sharding.positions(rank, self.token_BL.device)]
+            position_Bl = position_t.view(sharding.local_shape(rank))
         else:
             position_Bl = cut(self.position_BL, sharding, rank)
         return ShardedBatch(
@@ -139,8 +142,8 @@ class Whole:
             target_Bl=cut(self.target_BL, sharding, rank),
             position_Bl=position_Bl,
             real_Bl=cut(self.real_BL, sharding, rank),
-            key_padding_mask=self.masks.key_padding_mask,
-            attn_mask=self.masks.attn_mask,
+            key_padding_mask=self.mask.key_padding_mask,
+            attn_mask=self.mask.attn_mask,
             cu_seqlens=batch.cu_seqlens,
             cu_seqlens_padded=batch.cu_seqlens_padded,
             ignore_index=batch.ignore_index,
@@ -151,15 +154,15 @@ class Whole:
 
 def cut(x_BL: Tensor, sharding: TokenSharding, rank: int) -> Tensor:
     """(..., B, L) -> this rank's (..., B, l), or (..., l, B) for order "LB"; a view."""
-    x_BL = x_BL if sharding.order == "BL" else x_BL.transpose(-1, -2)
-    return sharding.shard(x_BL.movedim((-2, -1), (0, 1)), rank).movedim((0, 1), (-2, -1))
+    tokens_first = in_order(x_BL.movedim((-2, -1), (0, 1)), sharding)
+    return sharding.shard(tokens_first, rank).movedim((0, 1), (-2, -1))
 
 
 def fingerprint(x: Tensor) -> str:
-    """Shape, and a number that differs (but for one case in 2**32) where ints or bools differ in value or place."""
+    """Shape, and a number that differs (but for one case in 2**32) where ints or bools differ in value or order."""
     value = x.flatten().to(torch.int64)
-    place = torch.arange(len(value), device=x.device)
-    return f"{tuple(x.shape)} {int(mix(value ^ mix(place)).sum()) & 0xFFFFFFFF:08x}"
+    index = torch.arange(len(value), device=x.device)
+    return f"{tuple(x.shape)} {int(mix(value ^ mix(index)).sum()) & 0xFFFFFFFF:08x}"
 
 
 def shortened(text: str) -> str:

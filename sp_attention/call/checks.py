@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .tensors import Call
+from .inputs import AttentionInputs
 
 
-def problem_of(options: Mapping[str, Any], call: Call) -> str:
+def problem_of(options: Mapping[str, Any], inputs: AttentionInputs) -> str:
     """What is wrong with the first of the options that has something wrong; empty where nothing is."""
     for name, value in options.items():
-        if problem := CHECKS[name](value, call):
+        if problem := CHECKS[name](value, inputs):
             return problem
     return ""
 
@@ -31,30 +31,30 @@ def is_number(value: object) -> bool:
         return False
 
 
-def _of_causal(value: Any, call: Call) -> str:
+def _of_causal(value: Any, inputs: AttentionInputs) -> str:
     return "" if isinstance(value, bool) else f"is_causal is {value!r}; it has to be True or False"
 
 
-def _of_window(value: Any, call: Call) -> str:
+def _of_window(value: Any, inputs: AttentionInputs) -> str:
     is_pair = isinstance(value, tuple | list) and len(value) == 2
     if is_pair and all(isinstance(side, int) and side >= -1 for side in value):
         return ""
     return f"window is {value!r}; it is (left, right), each an int of at least -1 (-1: unlimited)"
 
 
-def _of_scale(value: Any, call: Call) -> str:
+def _of_scale(value: Any, inputs: AttentionInputs) -> str:
     return "" if is_number(value) else f"scale is {value!r}; it has to be a finite number"
 
 
-def _of_dropout(value: Any, call: Call) -> str:
+def _of_dropout(value: Any, inputs: AttentionInputs) -> str:
     if is_number(value) and 0 <= value < 1:
         return ""
     return f"dropout_p is {value!r}; it has to be a number of at least 0 and below 1"
 
 
-def _of_mask(value: Any, call: Call) -> str:
-    (queries, keys), batch, heads = call.lengths, call.sharding.batch.total, call.heads.query.total
-    if problem := _of_tensor("attn_mask", value, call):
+def _of_mask(value: Any, inputs: AttentionInputs) -> str:
+    (queries, keys), batch, heads = inputs.lengths, inputs.sharding.batch.total, inputs.heads.query.total
+    if problem := _of_tensor("attn_mask", value, inputs):
         return problem
     if _broadcasts(value, (batch, heads, queries, keys)) and (value.dtype == torch.bool or value.is_floating_point()):
         return ""
@@ -65,9 +65,9 @@ def _of_mask(value: Any, call: Call) -> str:
     )
 
 
-def _of_padding(value: Any, call: Call) -> str:
-    batch, keys = call.sharding.batch.total, call.lengths[1]
-    if problem := _of_tensor("key_padding_mask", value, call):
+def _of_padding(value: Any, inputs: AttentionInputs) -> str:
+    batch, keys = inputs.sharding.batch.total, inputs.lengths[1]
+    if problem := _of_tensor("key_padding_mask", value, inputs):
         return problem
     if tuple(value.shape) == (batch, keys) and value.dtype == torch.bool:
         return ""
@@ -77,20 +77,20 @@ def _of_padding(value: Any, call: Call) -> str:
     )
 
 
-def _of_sinks(value: Any, call: Call) -> str:
-    heads = call.heads.query.total
-    if problem := _of_tensor("sinks_N", value, call):
+def _of_sinks(value: Any, inputs: AttentionInputs) -> str:
+    heads = inputs.heads.query.total
+    if problem := _of_tensor("sinks_N", value, inputs):
         return problem
     if tuple(value.shape) == (heads,):
         return ""
     return f"sinks_N is {tuple(value.shape)}; it has to be ({heads},), one logit per query head"
 
 
-def _of_tensor(name: str, value: Any, call: Call) -> str:
+def _of_tensor(name: str, value: Any, inputs: AttentionInputs) -> str:
     if not isinstance(value, Tensor):
         return f"{name} is {type(value).__name__}; it has to be a tensor"
-    if value.device != call.device:
-        return f"{name} is on {value.device}, but q, k, v on {call.device}; move it there"
+    if value.device != inputs.device:
+        return f"{name} is on {value.device}, but q, k, v on {inputs.device}; move it there"
     return ""
 
 
@@ -100,7 +100,7 @@ def _broadcasts(mask: Tensor, shape: tuple[int, ...]) -> bool:
     )
 
 
-CHECKS: Mapping[str, Callable[[Any, Call], str]] = MappingProxyType(
+CHECKS: Mapping[str, Callable[[Any, AttentionInputs], str]] = MappingProxyType(
     {
         "is_causal": _of_causal,
         "window": _of_window,

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..attend.documents import Documents
 from ..attend.dropout import Dropout
 from .checks import is_number
-from .tensors import Call, constants
+from .inputs import AttentionInputs, constants
 
 
 def given_options(
@@ -60,11 +60,11 @@ def problem_of_attend(attend: Callable[..., Tensor], options: Mapping[str, Any])
     return ""
 
 
-def of_my_heads(options: Mapping[str, Any], seed: Tensor, call: Call) -> dict[str, Any]:
+def of_my_heads(options: Mapping[str, Any], seed: Tensor, inputs: AttentionInputs) -> dict[str, Any]:
     """The options with this rank's heads of whatever has a head dimension; masks with all four; dropout with its
     seed."""
     mine = dict(options)
-    first, size = call.heads.query.offsets[call.rank], call.heads.query.sizes[call.rank]
+    first, size = inputs.heads.query.offsets[inputs.rank], inputs.heads.query.sizes[inputs.rank]
     if "attn_mask" in mine:
         mask = mine["attn_mask"]
         mask = mask[(None,) * (4 - mask.ndim)]
@@ -76,14 +76,14 @@ def of_my_heads(options: Mapping[str, Any], seed: Tensor, call: Call) -> dict[st
     return mine
 
 
-def facts_of(call: Call, options: Mapping[str, Any], documents: Documents | None) -> str:
+def facts_of(inputs: AttentionInputs, options: Mapping[str, Any], documents: Documents | None) -> str:
     """What the ranks have to agree about."""
     learned = [value for value in options.values() if isinstance(value, Tensor)]
     # A rank that takes no part in backward, of the exchange there or of the one back, would leave its peers waiting.
     of_tensors, of_options = (
-        torch.is_grad_enabled() and any(x.requires_grad for x in tensors) for tensors in (call.tensors, learned)
+        torch.is_grad_enabled() and any(x.requires_grad for x in tensors) for tensors in (inputs.tensors, learned)
     )
-    words = [call.facts, described(options), f"{documents or 'one document'}"]
+    words = [inputs.facts, described(options), f"{documents or 'one document'}"]
     return "; ".join([*words, f"gradients of q, k or v {of_tensors}, of options {of_options}"])
 
 

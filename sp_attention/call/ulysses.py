@@ -1,4 +1,4 @@
-"""Ulysses attention: trade tokens for heads, attend on whole sequences, trade back.
+"""Ulysses attention: exchange tokens for heads, attend on whole sequences, exchange back.
 
 Source: DeepSpeed-Ulysses (arXiv:2309.14509). Two collectives forward (queries, keys and values travel together; the
 output back) and two backward.
@@ -15,15 +15,18 @@ from torch import Tensor
 from torch.utils import checkpoint
 
 from moe_dispatch import Partition, TokenSharding
+from moe_dispatch.internals import Statement
 
 from ..attend.default import scaled_dot_product
-from ..attend.documents import Documents, attend_documents, attend_or_zeros, zeros
+from ..attend.documents import Documents, attend_documents
+from ..attend.empty import attend_or_zeros, zeros
 from .checks import problem_of
+from .inputs import AttentionInputs
 from .options import facts_of, given_options, of_my_heads, problem_of_attend
-from .tensors import Call
-from .words import Failure, collect, spread
+from .words import inputs_to_heads, output_to_tokens
 
 Attend = Callable[..., Tensor]
+HAS_OUTPUT = "it has an output"
 
 
 def ulysses_attention(
@@ -109,8 +112,8 @@ def ulysses_attention(
     tensors, shardings = (q_BlNH, k_BlGH, v_BlGH), (sharding, kv_sharding)
     attend = attend or scaled_dot_product
     if cu_seqlens is None and cu_seqlens_padded is None:
-        call = Call.of(*tensors, *shardings, heads, group)
-        return _attend_over_ranks(call, attend, options)
+        inputs = AttentionInputs.of(*tensors, *shardings, heads, group)
+        return _attend_over_ranks(inputs, attend, options)
     return _attend_documents_over_ranks(
         tensors, shardings, heads, group, attend, options, cu_seqlens, cu_seqlens_padded
     )
@@ -127,35 +130,39 @@ def _attend_documents_over_ranks(
     cu_seqlens: Tensor | None,
     cu_seqlens_padded: Tensor | None,
 ) -> Tensor:
-    call = Call.of(*tensors, *shardings, heads, group)
-    documents, problem = Documents.read(cu_seqlens, cu_seqlens_padded, call.sharding.batch.total, call.lengths)
-    return _attend_over_ranks(call, attend, options, documents, problem)
+    inputs = AttentionInputs.of(*tensors, *shardings, heads, group)
+    documents, problem = Documents.read(cu_seqlens, cu_seqlens_padded, inputs.sharding.batch.total, inputs.lengths)
+    return _attend_over_ranks(inputs, attend, options, documents, problem)
 
 
 def _attend_over_ranks(
-    call: Call, attend: Attend, options: Mapping[str, Any], documents: Documents | None = None, problem: str = ""
+    inputs: AttentionInputs,
+    attend: Attend,
+    options: Mapping[str, Any],
+    documents: Documents | None = None,
+    problem: str = "",
 ) -> Tensor:
-    """There, ``attend`` on what this rank got, and back.
+    """Exchange to heads, ``attend`` on what this rank got, and exchange back.
 
     Args:
         problem: of the documents.
     """
     if refusal := problem_of_attend(attend, options):  # every rank has the same attend, and sees it
         raise ValueError(refusal)
-    problem = call.problem or problem_of(options, call) or problem
-    facts = "" if problem else facts_of(call, options, documents)
-    on_device = {"dtype": torch.int64, "device": call.device}
+    problem = inputs.problem or problem_of(options, inputs) or problem
+    statement = Statement("" if problem else facts_of(inputs, options, documents), problem)
+    on_device = {"dtype": torch.int64, "device": inputs.device}
     draws = "dropout" in options
     seed = torch.randint(torch.iinfo(torch.int64).max, (), **on_device) if draws else torch.zeros((), **on_device)
-    q_BLnH, k_BLgH, v_BLgH, seed = spread(call, facts, problem, seed)
+    q_BLnH, k_BLgH, v_BLgH, seed = inputs_to_heads(inputs, statement, seed)
     if problem:  # in compiled code, where the graph has to be whole to raise when it runs
-        return collect(zeros(q_BLnH.shape[1], q_BLnH, v_BLgH), call, Failure(problem))
-    options = of_my_heads(options, seed, call)
+        return output_to_tokens(zeros(q_BLnH.shape[1], q_BLnH, v_BLgH), inputs, Statement(HAS_OUTPUT, problem))
+    options = of_my_heads(options, seed, inputs)
     if "first_head" in inspect.signature(attend).parameters:
-        options["first_head"] = call.heads.query.offsets[call.rank]
+        options["first_head"] = inputs.heads.query.offsets[inputs.rank]
     attend_whole = attend_or_zeros if documents is None else partial(attend_documents, documents=documents)
-    out_BLnH, failure = _attend_or_fail(partial(attend_whole, attend), q_BLnH, k_BLgH, v_BLgH, options)
-    return collect(_RecomputedSoFar.apply(out_BLnH), call, failure)  # type: ignore[arg-type]
+    out_BLnH, statement = _output_or_problem(partial(attend_whole, attend), q_BLnH, k_BLgH, v_BLgH, options)
+    return output_to_tokens(_RecomputedSoFar.apply(out_BLnH), inputs, statement)  # type: ignore[arg-type]
 
 
 class _RecomputedSoFar(torch.autograd.Function):
@@ -174,14 +181,14 @@ class _RecomputedSoFar(torch.autograd.Function):
         return grads[0]
 
 
-def _attend_or_fail(
+def _output_or_problem(
     attend_whole: Attend,
     q_BLnH: Tensor,
     k_BLgH: Tensor,
     v_BLgH: Tensor,
     options: Mapping[str, Any],
-) -> tuple[Tensor, Failure | None]:
-    """The output; or zeros, which the peers wait for all the same, and why there is none."""
+) -> tuple[Tensor, Statement]:
+    """The output, and that there is one. Or zeros, which the peers wait for all the same, and why there is none."""
     tensors = q_BLnH, k_BLgH, v_BLgH
     if torch.compiler.is_compiling():
         out_BLnH = attend_whole(*tensors, options)
@@ -191,16 +198,14 @@ def _attend_or_fail(
         except checkpoint._StopRecomputationError:  # everything that backward needs is there again
             raise
         except Exception as error:
-            return zeros(q_BLnH.shape[1], q_BLnH, v_BLgH), Failure(
-                f"attend raised {type(error).__name__}: {error}", error
-            )
+            problem = f"attend raised {type(error).__name__}: {error}"
+            return zeros(q_BLnH.shape[1], q_BLnH, v_BLgH), Statement(HAS_OUTPUT, problem, error)
     wanted = (*q_BLnH.shape[:3], v_BLgH.shape[3])
     if not isinstance(out_BLnH, Tensor):
         got = type(out_BLnH).__name__
     elif tuple(out_BLnH.shape) == wanted and out_BLnH.dtype == q_BLnH.dtype:
-        return out_BLnH, None
+        return out_BLnH, Statement(HAS_OUTPUT)
     else:
         got = f"{tuple(out_BLnH.shape)} of {out_BLnH.dtype}"
-    return zeros(q_BLnH.shape[1], q_BLnH, v_BLgH), Failure(
-        f"attend gave {got}; it has to give (B, L, my query heads, value width) = {wanted} of {q_BLnH.dtype}"
-    )
+    problem = f"attend gave {got}; it has to give (B, L, my query heads, value width) = {wanted} of {q_BLnH.dtype}"
+    return zeros(q_BLnH.shape[1], q_BLnH, v_BLgH), Statement(HAS_OUTPUT, problem)

@@ -1,38 +1,30 @@
-"""The two exchanges of a call, each with a word from every rank on how it fares: so one rank's mistake is the same
-error on all of them, and nobody waits for a peer that left.
+"""The two exchanges of a call. With each, every rank sends its word: see ``Statement`` in moe_dispatch. So one rank's
+mistake is the same error on all ranks, and no rank waits for a peer that left.
 
 On CUDA and in compiled code, reading the words would be a host sync in every layer. There a device assertion reads
 them.
 """
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from moe_dispatch.internals import BAD, Statement, digest
 
-from ..wire import exchange
-from .tensors import Call
-
-GOOD = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """Why a rank has no output, and the exception that it comes from, if one was raised."""
-
-    problem: str
-    cause: Exception | None = None
+from ..wire.exchange import Split, to_heads, to_tokens
+from ..wire.order import batch_first, in_order
+from .inputs import AttentionInputs
 
 
-def spread(call: Call, facts: str, problem: str, seed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Trade tokens for heads, and make sure that all ranks mean the same call. 16 bytes more for each pair of ranks.
+def inputs_to_heads(
+    inputs: AttentionInputs, statement: Statement, seed: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """My tokens of q, k and v, all heads -> all tokens, my heads. Makes sure that all ranks mean the same call.
+
+    One collective. The words and seeds are 16 bytes per pair of ranks in it.
 
     Args:
-        call: the tensors and how they travel.
-        facts: what all ranks have to agree about.
-        problem: what is wrong on this rank; empty where nothing is.
+        inputs: q, k and v of this rank. Where this rank has a problem, zeros are sent instead.
+        statement: what this rank believes about the call.
         seed: () int64 of this rank, on the device of the tensors.
 
     Returns:
@@ -42,54 +34,58 @@ def spread(call: Call, facts: str, problem: str, seed: Tensor) -> tuple[Tensor, 
         ValueError: the same text on every rank, if one has a problem or they disagree. On CUDA only on a rank that
             knows of a problem: its peers have a device assertion.
     """
-    expected = constant_digest(facts)
-    word = BAD if problem else expected
+    word = word_of(statement)
     # Made on the device, as all index tensors here: a copy from the host would wait for it in every layer.
-    header_2 = torch.stack([torch.full((), word, device=call.device), seed])
-    q_BlNH, k_BlGH, v_BlGH = call.stand_ins() if problem else call.tensors
-    sent = [q_BlNH, call.heads.kv_by_rank(k_BlGH), call.heads.kv_by_rank(v_BlGH)]
-    traded, headers = exchange.spread(sent, call.lanes, call.group, header_2.view(q_BlNH.dtype))
+    header_2 = torch.stack([torch.full((), word, device=inputs.device), seed])
+    q_BlNH, k_BlGH, v_BlGH = inputs.stand_ins() if statement.problem else inputs.tensors
+    sent = [q_BlNH, inputs.heads.kv_by_rank(k_BlGH), inputs.heads.kv_by_rank(v_BlGH)]
+    wholes, headers = to_heads(sent, inputs.splits, inputs.group, header_2.view(q_BlNH.dtype))
     header_P2 = headers.view(torch.int64)
-    check_words(header_P2[:, 0], expected, call, facts, problem)
-    if call.sharding.order == "LB":
-        traded = [x.transpose(0, 1) for x in traded]
-    q_BLnH, k_BLgH, v_BLgH = traded
-    k_BLgH, v_BLgH = (call.heads.kv_for_queries(x, call.rank) for x in (k_BLgH, v_BLgH))
+    check_words(header_P2[:, 0], statement, inputs)
+    q_BLnH, k_BLgH, v_BLgH = (batch_first(x, inputs.sharding) for x in wholes)
+    k_BLgH, v_BLgH = (inputs.heads.kv_for_queries(x, inputs.rank) for x in (k_BLgH, v_BLgH))
     return q_BLnH, k_BLgH, v_BLgH, header_P2[0, 1]
 
 
-def collect(out_BLnH: Tensor, call: Call, failure: Failure | None) -> Tensor:
-    """Trade heads for tokens, and make sure that every rank has attended. 8 bytes more for each pair of ranks.
+def output_to_tokens(out_BLnH: Tensor, inputs: AttentionInputs, statement: Statement) -> Tensor:
+    """All tokens of the output, my heads -> my tokens, all heads. Makes sure that every rank has an output.
+
+    One collective. The words are 8 bytes per pair of ranks in it.
 
     Args:
-        out_BLnH: batch first; anything of the right shape and dtype where there is a failure.
-        failure: why this rank has no output.
+        out_BLnH: batch first. Where there is a problem, anything of the right shape and dtype.
+        inputs: what the output was computed from.
+        statement: the same facts on every rank; the problem says why this rank has no output.
+
+    Returns:
+        ``out_BlNH``: (B, l, N, Hv), or (l, B, N, Hv) for order "LB".
 
     Raises:
-        ValueError: as :func:`spread`; on a rank with a failure, from its cause.
+        ValueError: as :func:`inputs_to_heads`; on a rank with a problem, from its cause.
     """
-    word_1 = torch.full((1,), BAD if failure else GOOD, device=call.device)
-    lane = exchange.Lane(sharding=call.sharding, heads=call.heads.query)
-    out_BLnH = out_BLnH if call.sharding.order == "BL" else out_BLnH.transpose(0, 1)
-    out_BlNH, headers = exchange.collect(out_BLnH, lane, call.group, word_1.view(out_BLnH.dtype))
-    problem, cause = (failure.problem, failure.cause) if failure else ("", None)
-    check_words(headers.view(torch.int64)[:, 0], GOOD, call, "it has an output", problem, cause)
+    word_1 = torch.full((1,), word_of(statement), device=inputs.device)
+    split = Split(sharding=inputs.sharding, heads=inputs.heads.query)
+    out_BLnH = in_order(out_BLnH, inputs.sharding)
+    out_BlNH, headers = to_tokens(out_BLnH, split, inputs.group, word_1.view(out_BLnH.dtype))
+    check_words(headers.view(torch.int64)[:, 0], statement, inputs)
     return out_BlNH
 
 
-def check_words(
-    word_P: Tensor, expected: int, call: Call, facts: str, problem: str, cause: Exception | None = None
-) -> None:
-    """Raise on every rank unless all sent the word that this rank expects."""
+def check_words(word_P: Tensor, statement: Statement, inputs: AttentionInputs) -> None:
+    """Raise on every rank unless all of them sent the word that this rank expects."""
     if word_P.device.type == "cpu" and not torch.compiler.is_compiling():
-        if set(word_P.tolist()) != {expected}:
-            Statement(facts, problem, cause).raise_on_every_rank(device=word_P.device, group=call.group)
+        statement.check(word_P.tolist(), device=word_P.device, group=inputs.group)
         return
-    if problem and not torch.compiler.is_compiling():
-        raise ValueError(f"rank {call.rank}: {problem}") from cause
+    if statement.problem and not torch.compiler.is_compiling():
+        raise ValueError(f"rank {inputs.rank}: {statement.problem}") from statement.cause
     torch.ops.aten._assert_async.msg(
-        (word_P == expected).all(), "sp_attention: the ranks disagree, or one has a problem"
+        (word_P == constant_digest(statement.facts)).all(), "sp_attention: the ranks disagree, or one has a problem"
     )
+
+
+def word_of(statement: Statement) -> int:
+    """``statement.word``, also while torch.compile traces."""
+    return BAD if statement.problem else constant_digest(statement.facts)
 
 
 @torch.compiler.assume_constant_result

@@ -1,8 +1,8 @@
-"""Trade tokens for heads and back: my tokens with all heads <-> all tokens with my heads.
+"""Exchange tokens for heads and back: my tokens with all heads <-> all tokens with my heads.
 
-There and back are each other's adjoint, so each is the other's backward, with the same lanes. Real lengths travel,
-nothing is padded, each value is copied once before and once after the collective (what stays on its rank: once), and
-a rank without tokens or heads takes part in everything.
+The two directions are each other's adjoint, so each is the backward of the other, with the same splits. Nothing is
+padded: messages have the real lengths. Each value is copied once before the collective and once after it; what stays
+on its rank is copied once. A rank without tokens or heads takes part in every collective.
 """
 
 from collections.abc import Sequence
@@ -19,22 +19,22 @@ from moe_dispatch.internals import check_group, start_exchange
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Lane:
-    """What of one tensor goes to which rank.
+class Split:
+    """How one tensor is split over the ranks: by heads on one side of the exchange, by tokens on the other.
 
     Attributes:
-        sharding: the tokens of the tensor.
-        heads: heads sent to each rank, side by side in the order of the ranks.
+        sharding: the tokens of each rank.
+        heads: the heads of each rank, side by side in the order of the ranks.
     """
 
     sharding: TokenSharding
     heads: Partition
 
-    def of_heads(self, x_BlNH: Tensor, rank: int) -> Tensor:
-        """The heads that go to ``rank``, a view."""
+    def heads_of(self, x_BlNH: Tensor, rank: int) -> Tensor:
+        """The heads of ``rank``, a view."""
         return x_BlNH.narrow(2, self.heads.offsets[rank], self.heads.sizes[rank])
 
-    def of_tokens(self, x_BLnH: Tensor, rank: int) -> Tensor:
+    def tokens_of(self, x_BLnH: Tensor, rank: int) -> Tensor:
         """The tokens of ``rank``, a view."""
         return self.sharding.shard(x_BLnH, rank)
 
@@ -54,10 +54,12 @@ def heads_from_tokens(
         ``x_BLnH``: (B, L, n, H), or (L, B, n, H).
 
     Raises:
-        ValueError: a shape that is not this rank's shard with N heads, or a sharding or partition of another number
-            of ranks. Only this rank can see its shape, so it is raised here and not on its peers.
+        ValueError: a sharding or partition of another number of ranks, on every rank. A shape that is not this
+            rank's shard with N heads: on this rank only, because its peers cannot see it.
+
+    Source: DeepSpeed-Ulysses (arXiv:2309.14509).
     """
-    check_lane(sharding, heads, group)
+    check_split(sharding, heads, group)
     rank = group.rank()
     wanted = (*sharding.local_shape(rank), heads.total)
     if x_BlNH.ndim != 4 or tuple(x_BlNH.shape[:3]) != wanted:
@@ -65,7 +67,7 @@ def heads_from_tokens(
             f"rank {rank} has a tensor of shape {tuple(x_BlNH.shape)}; its tokens with all heads are "
             f"{(*wanted, 'H')} in order {sharding.order!r}, as sharding.shard(x, {rank}) cuts them"
         )
-    (x_BLnH,), _ = spread([x_BlNH], [Lane(sharding=sharding, heads=heads)], group, x_BlNH.new_empty(0))
+    (x_BLnH,), _ = to_heads([x_BlNH], [Split(sharding=sharding, heads=heads)], group, x_BlNH.new_empty(0))
     return x_BLnH
 
 
@@ -79,7 +81,7 @@ def tokens_from_heads(
     Returns:
         ``x_BlNH``: (B, l, N, H), or (l, B, N, H).
     """
-    check_lane(sharding, heads, group)
+    check_split(sharding, heads, group)
     rank = group.rank()
     wanted = (*sharding.global_shape, heads.sizes[rank])
     if x_BLnH.ndim != 4 or tuple(x_BLnH.shape[:3]) != wanted:
@@ -87,7 +89,7 @@ def tokens_from_heads(
             f"rank {rank} has a tensor of shape {tuple(x_BLnH.shape)}; all tokens of its heads are {(*wanted, 'H')} "
             f"in order {sharding.order!r}, as heads_from_tokens gives them"
         )
-    x_BlNH, _ = collect(x_BLnH, Lane(sharding=sharding, heads=heads), group, x_BLnH.new_empty(0))
+    x_BlNH, _ = to_tokens(x_BLnH, Split(sharding=sharding, heads=heads), group, x_BLnH.new_empty(0))
     return x_BlNH
 
 
@@ -98,19 +100,19 @@ class _ToHeads(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, lanes: tuple[Lane, ...], group: dist.ProcessGroup, header: Tensor, *tensors: Tensor
+        ctx: Any, splits: tuple[Split, ...], group: dist.ProcessGroup, header: Tensor, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
-        ctx.lanes, ctx.group = lanes, group
+        ctx.splits, ctx.group = splits, group
         rank, ranks = group.rank(), range(group.size())
         wholes = [
-            x.new_empty(*lane.sharding.global_shape, lane.heads.sizes[rank], x.shape[3])
-            for x, lane in zip(tensors, lanes, strict=True)
+            x.new_empty(*split.sharding.global_shape, split.heads.sizes[rank], x.shape[3])
+            for x, split in zip(tensors, splits, strict=True)
         ]
         headers = header.new_empty(len(ranks), len(header))
-        trade(
-            [[header, *(lane.of_heads(x, to) for x, lane in zip(tensors, lanes, strict=True))] for to in ranks],
+        exchange_tensors(
+            [[header, *(split.heads_of(x, to) for x, split in zip(tensors, splits, strict=True))] for to in ranks],
             [
-                [headers[source], *(lane.of_tokens(x, source) for x, lane in zip(wholes, lanes, strict=True))]
+                [headers[source], *(split.tokens_of(x, source) for x, split in zip(wholes, splits, strict=True))]
                 for source in ranks
             ],
             group,
@@ -121,7 +123,7 @@ class _ToHeads(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         no_header = grads[0].new_empty(0)
-        return (None, None, None, *_ToTokens.apply(ctx.lanes, ctx.group, no_header, *grads[:-1])[:-1])  # type: ignore[index]
+        return (None, None, None, *_ToTokens.apply(ctx.splits, ctx.group, no_header, *grads[:-1])[:-1])  # type: ignore[index]
 
 
 class _ToTokens(torch.autograd.Function):
@@ -131,19 +133,19 @@ class _ToTokens(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, lanes: tuple[Lane, ...], group: dist.ProcessGroup, header: Tensor, *wholes: Tensor
+        ctx: Any, splits: tuple[Split, ...], group: dist.ProcessGroup, header: Tensor, *wholes: Tensor
     ) -> tuple[Tensor, ...]:
-        ctx.lanes, ctx.group = lanes, group
+        ctx.splits, ctx.group = splits, group
         rank, ranks = group.rank(), range(group.size())
         tensors = [
-            x.new_empty(*lane.sharding.local_shape(rank), lane.heads.total, x.shape[3])
-            for x, lane in zip(wholes, lanes, strict=True)
+            x.new_empty(*split.sharding.local_shape(rank), split.heads.total, x.shape[3])
+            for x, split in zip(wholes, splits, strict=True)
         ]
         headers = header.new_empty(len(ranks), len(header))
-        trade(
-            [[header, *(lane.of_tokens(x, to) for x, lane in zip(wholes, lanes, strict=True))] for to in ranks],
+        exchange_tensors(
+            [[header, *(split.tokens_of(x, to) for x, split in zip(wholes, splits, strict=True))] for to in ranks],
             [
-                [headers[source], *(lane.of_heads(x, source) for x, lane in zip(tensors, lanes, strict=True))]
+                [headers[source], *(split.heads_of(x, source) for x, split in zip(tensors, splits, strict=True))]
                 for source in ranks
             ],
             group,
@@ -154,36 +156,46 @@ class _ToTokens(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         no_header = grads[0].new_empty(0)
-        return (None, None, None, *_ToHeads.apply(ctx.lanes, ctx.group, no_header, *grads[:-1])[:-1])  # type: ignore[index]
+        return (None, None, None, *_ToHeads.apply(ctx.splits, ctx.group, no_header, *grads[:-1])[:-1])  # type: ignore[index]
 
 
-def spread(
-    tensors: Sequence[Tensor], lanes: Sequence[Lane], group: dist.ProcessGroup, header: Tensor
+def to_heads(
+    tensors: Sequence[Tensor], splits: Sequence[Split], group: dist.ProcessGroup, header: Tensor
 ) -> tuple[list[Tensor], Tensor]:
-    """:func:`heads_from_tokens` of several tensors of one dtype in one collective, with a header for each rank.
+    """:func:`heads_from_tokens` of several tensors of one dtype in one collective, with a header to every rank.
 
     Args:
-        tensors: (B, l, heads.total, H) of each lane.
-        lanes: how each travels.
+        tensors: (B, l, heads.total, H) each; in the order of their shardings.
+        splits: of each tensor.
         header: flat, of the tensors' dtype, the same to every rank; may be empty.
 
     Returns:
-        (B, L, heads of this rank, H) of each lane, and the headers of all ranks, (ranks, length). Nothing is checked.
+        (B, L, heads of this rank, H) of each tensor, and the headers of all ranks, (ranks, length). Nothing is
+        checked.
     """
-    *wholes, headers = _ToHeads.apply(tuple(lanes), group, header, *tensors)  # type: ignore[misc]
+    *wholes, headers = _ToHeads.apply(tuple(splits), group, header, *tensors)  # type: ignore[misc]
     return wholes, headers
 
 
-def collect(x_BLnH: Tensor, lane: Lane, group: dist.ProcessGroup, header: Tensor) -> tuple[Tensor, Tensor]:
-    """:func:`tokens_from_heads` with a header for each rank, and the headers of all, as :func:`spread` has them."""
-    x_BlNH, headers = _ToTokens.apply((lane,), group, header, x_BLnH)  # type: ignore[misc]
+def to_tokens(x_BLnH: Tensor, split: Split, group: dist.ProcessGroup, header: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`tokens_from_heads` with a header to every rank; gives the headers of all ranks too, as
+    :func:`to_heads`."""
+    x_BlNH, headers = _ToTokens.apply((split,), group, header, x_BLnH)  # type: ignore[misc]
     return x_BlNH, headers
 
 
-def trade(sent: Sequence[Sequence[Tensor]], received: Sequence[Sequence[Tensor]], group: dist.ProcessGroup) -> None:
-    """Send some tensors to each rank, and copy what comes from each into tensors of the shapes sent there.
+def exchange_tensors(
+    sent: Sequence[Sequence[Tensor]], received: Sequence[Sequence[Tensor]], group: dist.ProcessGroup
+) -> None:
+    """Send tensors of any shapes to each rank, and fill those that come from each rank. One collective.
 
-    One collective, and one copy on each side of it; what a rank sends to itself is copied once, meanwhile.
+    Args:
+        sent: for each rank, the tensors that it gets; all of one dtype, of any strides.
+        received: for each rank, the tensors to fill, of the shapes that it sends.
+        group: the process group.
+
+    Each value is copied once before the collective and once after it. What a rank sends to itself is copied once,
+    while the collective is under way.
     """
     rank = group.rank()
     to_others, from_others = ([[] if r == rank else xs for r, xs in enumerate(way)] for way in (sent, received))
@@ -191,22 +203,23 @@ def trade(sent: Sequence[Sequence[Tensor]], received: Sequence[Sequence[Tensor]]
     buffer = sent[rank][0].new_empty(sum(map(sum, sizes_sent)))
     for part, x in zip(buffer.split(list(chain(*sizes_sent))), chain(*to_others), strict=True):
         part.view(x.shape).copy_(x)
-    transfer = start_exchange(buffer, list(map(sum, sizes_sent)), list(map(sum, sizes_received)), group)
+    pending = start_exchange(buffer, list(map(sum, sizes_sent)), list(map(sum, sizes_received)), group)
     for x, out in zip(sent[rank], received[rank], strict=True):
         out.copy_(x)
-    arrived = transfer.wait()
+    arrived = pending.wait()
     for part, x in zip(arrived.split(list(chain(*sizes_received))), chain(*from_others), strict=True):
         x.copy_(part.view(x.shape))
 
 
-def check_lane(sharding: TokenSharding, heads: Partition, group: dist.ProcessGroup) -> None:
-    """What every rank can see: ValueError on all of them, before any collective."""
+def check_split(sharding: TokenSharding, heads: Partition, group: dist.ProcessGroup) -> None:
+    """Raise ValueError for what every rank can see. No communication."""
     check_sharding(sharding, group)
     check_group(group, len(heads), "the partition of heads")
 
 
 def check_sharding(sharding: TokenSharding, group: dist.ProcessGroup) -> None:
-    """ValueError unless each rank of ``group`` holds a part of every sequence, and together they hold all of it."""
+    """Raise ValueError unless each rank of ``group`` holds a part of every sequence, and together they hold all of
+    it. No communication."""
     if not isinstance(sharding, TokenSharding):
         raise ValueError(f"sharding is {sharding!r}; pass the TokenSharding that says which tokens each rank holds")
     check_group(group, sharding.num_ranks, "the token sharding")

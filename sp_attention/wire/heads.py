@@ -8,6 +8,8 @@ from torch import Tensor
 
 from moe_dispatch import Partition
 
+from ..dtypes import dtype_of_sums
+
 
 @dataclass(frozen=True, slots=True)
 class GroupedHeads:
@@ -96,7 +98,7 @@ def heads_of_call(
 
 def copy_heads(x_BlGH: Tensor, head_of_copy: Tensor) -> Tensor:
     """(..., G, H) -> (..., copies, H). The gradient of a head is the sum over its copies."""
-    dtype = torch.promote_types(x_BlGH.dtype, torch.float32)
+    dtype = dtype_of_sums(x_BlGH)
     if x_BlGH.requires_grad and dtype != x_BlGH.dtype:
         # index_select's gradient adds in the dtype of its input: add in float32, and round once.
         return x_BlGH.to(dtype).index_select(2, head_of_copy).to(x_BlGH.dtype)

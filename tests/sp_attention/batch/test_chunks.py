@@ -7,7 +7,8 @@ import torch
 
 from moe_dispatch import TokenSharding
 from moe_dispatch.testing import RankPool
-from sp_attention import Batch, Chunk, shard_batch
+from sp_attention import Batch, shard_batch
+from sp_attention.batch.batch import Chunk
 from tests.support.attention.batches import GOOD, NONE, ORDERS, REAL_BL, Order, sharding_of, tokens
 from tests.support.ranks import world
 

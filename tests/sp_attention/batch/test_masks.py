@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sp_attention.batch.labels import Masks
+from sp_attention.batch.masks import BatchMask
 from tests.support.attention.batches import REAL_BL, added, pairs
 
 PADDING_FORMS = {
@@ -29,7 +29,7 @@ PADDING_FORMS = {
 
 @pytest.mark.parametrize("form", PADDING_FORMS)
 def test_every_form_of_a_padding_mask_is_the_same_mask(form: str) -> None:
-    masks = Masks.of(PADDING_FORMS[form], (3, 4))
+    masks = BatchMask.of(PADDING_FORMS[form], (3, 4))
     assert masks.attn_mask is None
     assert masks.key_padding_mask is not None
     assert masks.real_BL is not None
@@ -39,13 +39,13 @@ def test_every_form_of_a_padding_mask_is_the_same_mask(form: str) -> None:
 
 
 def test_a_mask_for_all_rows_is_every_rows_mask() -> None:
-    masks = Masks.of(REAL_BL[:1, None, None], (3, 4))
+    masks = BatchMask.of(REAL_BL[:1, None, None], (3, 4))
     assert masks.key_padding_mask is not None
     assert torch.equal(masks.key_padding_mask, REAL_BL[:1].expand(3, 4))
 
 
 def test_a_mask_of_ones_is_no_mask() -> None:
-    masks = Masks.of(torch.ones(3, 4, dtype=torch.int64), (3, 4))
+    masks = BatchMask.of(torch.ones(3, 4, dtype=torch.int64), (3, 4))
     assert (masks.key_padding_mask, masks.attn_mask) == (None, None)
     assert masks.real_BL is not None
     assert bool(masks.real_BL.all())
@@ -53,7 +53,7 @@ def test_a_mask_of_ones_is_no_mask() -> None:
 
 @pytest.mark.parametrize("lowest", [-math.inf, torch.finfo(torch.float32).min])
 def test_a_mask_of_pairs_is_kept_and_what_it_closes_is_closed(lowest: float) -> None:
-    masks = Masks.of(added(pairs(), lowest), (3, 4))
+    masks = BatchMask.of(added(pairs(), lowest), (3, 4))
     assert masks.key_padding_mask is None
     assert masks.attn_mask is not None
     assert masks.real_BL is not None
@@ -63,7 +63,7 @@ def test_a_mask_of_pairs_is_kept_and_what_it_closes_is_closed(lowest: float) -> 
 
 def test_a_bool_or_int_mask_of_pairs_is_bool() -> None:
     for mask in (pairs(), pairs().int()):
-        masks = Masks.of(mask, (3, 4))
+        masks = BatchMask.of(mask, (3, 4))
         assert masks.attn_mask is not None
         assert masks.attn_mask.dtype == torch.bool
         assert torch.equal(masks.attn_mask, pairs())
@@ -72,7 +72,7 @@ def test_a_bool_or_int_mask_of_pairs_is_bool() -> None:
 @pytest.mark.parametrize("shape", [(3, 4), (3, 1, 1, 4)])
 def test_a_bias_on_keys_is_not_taken_for_padding(shape: tuple[int, ...]) -> None:
     bias = added(REAL_BL) + torch.linspace(-1, 1, 4)
-    masks = Masks.of(bias.view(shape), (3, 4))
+    masks = BatchMask.of(bias.view(shape), (3, 4))
     assert masks.key_padding_mask is None
     assert masks.attn_mask is not None
     assert torch.equal(masks.attn_mask, bias[:, None, None])
@@ -83,7 +83,7 @@ def test_a_bias_on_keys_is_not_taken_for_padding(shape: tuple[int, ...]) -> None
 @pytest.mark.parametrize("shape", [(3, 4), (3, 1, 1, 4)])
 def test_a_mask_that_is_learned_is_kept_though_it_holds_zeros(shape: tuple[int, ...]) -> None:
     mask = torch.zeros(shape, requires_grad=True)
-    masks = Masks.of(mask, (3, 4))
+    masks = BatchMask.of(mask, (3, 4))
     assert masks.key_padding_mask is None
     assert masks.attn_mask is not None
     masks.attn_mask.sum().backward()
@@ -110,4 +110,4 @@ SHAPES = "it has to be one of (3, 4), (3, 1, 1, 4), (3, 1, 4, 4): the whole sequ
 )
 def test_masks_that_cannot_be(mask: Tensor, text: str) -> None:
     with pytest.raises(ValueError, match=re.escape(text)):
-        Masks.of(mask, (3, 4))
+        BatchMask.of(mask, (3, 4))

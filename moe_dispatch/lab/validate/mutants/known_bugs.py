@@ -10,7 +10,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from sp_attention.wire.exchange import Lane
+from sp_attention import Batch, MeanLoss, ShardedBatch
+from sp_attention.call.inputs import AttentionInputs
 
 from ....layer.experts import GroupedExperts
 from ....layer.moe import MoE
@@ -18,6 +19,7 @@ from ....layer.router import TopKRouter
 from ....layout.sharding import TokenSharding
 from ....plan.planner import Plan
 from ....plan.terms import Terms
+from ....wire.agreement import Statement
 from ....wire.regions import gather_tokens, place_tokens
 
 Right = Callable[..., Any]
@@ -47,7 +49,7 @@ def weights_twice(right: Right) -> Wrong:
 
 
 def gradients_averaged(_right: Right) -> Wrong:
-    return lambda _module, _factor: None  # FSDP's own factor is the number of ranks
+    return lambda module, factor: None  # FSDP's own factor is the number of ranks
 
 
 def positions_from_zero(right: Right) -> Wrong:
@@ -97,15 +99,15 @@ def gather_without_sum(_right: Right) -> Wrong:
 
 
 def balance_of_the_shard(_right: Right) -> Wrong:
-    return lambda _count_BE, group: None  # counts of the rank's own tokens only
+    return lambda count, group: None  # counts of the rank's own tokens only
 
 
 def exchange_transposed(right: Right) -> Wrong:
-    def collect(x_BLnH: Tensor, lane: Lane, group: dist.ProcessGroup) -> Tensor:
-        x_BlNH = right(x_BLnH, lane, group)
-        return x_BlNH.transpose(1, 2).reshape(x_BlNH.shape)
+    def output_to_tokens(out_BLnH: Tensor, inputs: AttentionInputs, statement: Statement) -> Tensor:
+        out_BlNH = right(out_BLnH, inputs, statement)
+        return out_BlNH.transpose(1, 2).reshape(out_BlNH.shape)
 
-    return collect
+    return output_to_tokens
 
 
 def zero_key_unmasked(right: Right) -> Wrong:
@@ -142,7 +144,7 @@ def kv_heads_rolled(right: Right) -> Wrong:
 
 
 def labels_shifted_in_shard(right: Right) -> Wrong:
-    def shard(batch: Any, *, sharding: TokenSharding, group: dist.ProcessGroup) -> Any:
+    def shard(batch: Batch, *, sharding: TokenSharding, group: dist.ProcessGroup) -> ShardedBatch:
         sharded = right(batch, sharding=sharding, group=group)
         target_Bl = torch.full_like(sharded.target_Bl, batch.ignore_index)
         target_Bl[:, :-1] = sharded.token_Bl[:, 1:]
@@ -152,9 +154,11 @@ def labels_shifted_in_shard(right: Right) -> Wrong:
 
 
 def loss_averaged_per_rank(right: Right) -> Wrong:
-    def mean(logits_BlV: Tensor, target_Bl: Tensor, *, group: dist.ProcessGroup) -> Any:
-        found = right(logits_BlV, target_Bl, group=group)
-        mine = max(int((target_Bl != -100).sum()), 1)
+    def mean(
+        logits_BlV: Tensor, target_Bl: Tensor, *, group: dist.ProcessGroup, ignore_index: int = -100
+    ) -> MeanLoss:
+        found = right(logits_BlV, target_Bl, group=group, ignore_index=ignore_index)
+        mine = max(int((target_Bl != ignore_index).sum()), 1)
         return replace(found, share=found.share * (found.num_targets / (mine * group.size())))
 
     return mean

@@ -104,7 +104,7 @@ _TABLE = (
     ("balance-of-the-shard", "the balance loss counts the experts of each shard by itself",
      "moe_dispatch.layer.balance:sum_counts", bugs.balance_of_the_shard, _cut),
     ("exchange-transposed", "the exchange back to tokens mixes positions with heads",
-     "sp_attention.call.ulysses:collect", bugs.exchange_transposed, _attention_cut),
+     "sp_attention.call.ulysses:output_to_tokens", bugs.exchange_transposed, _attention_cut),
     ("zero-key-unmasked", "a zero key that fills the sequence up takes softmax weight",
      "sp_attention.call.ulysses:attend_or_zeros", bugs.zero_key_unmasked, _attention_cut),
     ("padding-attended", "padding between packed documents is attended to",

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from moe_dispatch import Partition, TokenSharding
+from moe_dispatch.internals import Statement
 from moe_dispatch.testing import RankPool
 from sp_attention import ulysses_attention
 from sp_attention.call.words import check_words
@@ -161,7 +162,7 @@ def test_where_reading_words_would_wait_for_the_device_the_rank_itself_still_say
         rank = 3
 
     word_P, cause = torch.zeros(4, dtype=torch.int64, device="meta"), KeyError("cache")
-    check_words(word_P, 0, Rank(), "facts", "")  # type: ignore[arg-type]
+    check_words(word_P, Statement("facts"), Rank())  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"^rank 3: no window$") as error:
-        check_words(word_P, 0, Rank(), "facts", "no window", cause)  # type: ignore[arg-type]
+        check_words(word_P, Statement("facts", "no window", cause), Rank())  # type: ignore[arg-type]
     assert error.value.__cause__ is cause

@@ -43,13 +43,13 @@ def gradients(rank: int, recompute: bool, frozen: bool, attend: Callable[..., Te
         return ulysses_attention(*tensors, sharding=SHARDING, group=world(), attend=attend, **options)
 
     trades: list[None] = []
-    trade = exchange.trade
+    exchange_tensors = exchange.exchange_tensors
 
     def counted(*args: Any) -> None:
         trades.append(None)
-        trade(*args)
+        exchange_tensors(*args)
 
-    with patch.object(exchange, "trade", counted):
+    with patch.object(exchange, "exchange_tensors", counted):
         out_BlNH = checkpoint(attention, *leaves, use_reentrant=False) if recompute else attention(*leaves)
         assert isinstance(out_BlNH, Tensor)
         out_BlNH.square().sum().backward()

@@ -1,4 +1,4 @@
-"""One call of the attention: its tensors, and what is known of them before anything moves."""
+"""The tensors of one call of attention, and what this rank knows of them before anything is sent."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,15 +12,15 @@ from torch import Tensor
 from moe_dispatch import Partition, TokenSharding
 from moe_dispatch.internals import cast_to_autocast
 
-from ..wire.exchange import Lane, check_sharding
+from ..wire.exchange import Split, check_sharding
 from ..wire.heads import GroupedHeads, heads_of_call
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Call:
-    """Queries, keys and values of this rank with their shardings.
+class AttentionInputs:
+    """Queries, keys and values of this rank, with their shardings and heads.
 
     Attributes:
         q_BlNH, k_BlGH, v_BlGH: as the caller gave them, in the dtype of autocast where that is on.
@@ -50,8 +50,8 @@ class Call:
         kv_sharding: TokenSharding | None,
         heads: Partition | None,
         group: dist.ProcessGroup,
-    ) -> "Call":
-        """Check what no status word could tell: it says how much this rank has to send.
+    ) -> "AttentionInputs":
+        """Check what decides how much this rank has to send: without that, no word of it could reach its peers.
 
         Raises:
             ValueError: dimensions, head counts, shardings or a group that cannot be. Before any collective.
@@ -63,8 +63,8 @@ class Call:
         if not q_BlNH.shape[3] and not k_BlGH.shape[3]:
             raise ValueError("q and k have width 0, so there are no products; each head needs a width of at least 1")
         kv_sharding = sharding if kv_sharding is None else kv_sharding
-        for lane_sharding in (sharding, kv_sharding):
-            check_sharding(lane_sharding, group)
+        for each in (sharding, kv_sharding):
+            check_sharding(each, group)
         if kv_sharding.order != sharding.order or kv_sharding.batch.total != sharding.batch.total:
             raise ValueError(
                 f"queries are {sharding}, keys and values {kv_sharding}; they may differ in the sequence only, not "
@@ -72,6 +72,7 @@ class Call:
             )
         num_kv = k_BlGH.shape[2], v_BlGH.shape[2]
         grouped, problem_of_heads = heads_of_call(q_BlNH.shape[2], num_kv, heads, group.size())
+        # Before the exchange: half the bytes, and a rank without heads never comes to a product that would cast.
         q_BlNH, k_BlGH, v_BlGH = (cast_to_autocast(x) for x in (q_BlNH, k_BlGH, v_BlGH))
         return cls(
             q_BlNH=q_BlNH,
@@ -109,14 +110,14 @@ class Call:
         return most([x.device for x in self.tensors])
 
     @property
-    def lanes(self) -> tuple[Lane, Lane, Lane]:
-        """How q, k and v travel, k and v by the heads that each rank needs."""
-        kv = Lane(sharding=self.kv_sharding, heads=self.heads.kv_sent)
-        return Lane(sharding=self.sharding, heads=self.heads.query), kv, kv
+    def splits(self) -> tuple[Split, Split, Split]:
+        """Of q, k and v over the ranks; k and v by the heads that each rank needs."""
+        kv = Split(sharding=self.kv_sharding, heads=self.heads.kv_sent)
+        return Split(sharding=self.sharding, heads=self.heads.query), kv, kv
 
     @property
     def facts(self) -> str:
-        """What the ranks have to agree about."""
+        """What all ranks have to agree on, as text."""
         q_shape, _, v_shape = self.shapes
         return (
             f"{self.q_BlNH.dtype}, widths {constants((q_shape[3], v_shape[3]))}, query heads "
@@ -150,7 +151,8 @@ class Call:
         return ""
 
     def stand_ins(self) -> tuple[Tensor, ...]:
-        """Zeros of the shapes, and the dtype of most of q, k, v, that the peers expect of a rank with a problem."""
+        """Zeros that a rank with a problem sends instead: of the shapes that its peers expect, and of the dtype that
+        most of q, k, v have."""
         dtype = most([x.dtype for x in self.tensors])
         return tuple(torch.zeros(shape, dtype=dtype, device=self.device) for shape in self.shapes)
 

@@ -1,0 +1,80 @@
+"""What may attend to what: the masks of one call in one tensor."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class MergedMask:
+    """All masks of a call together: causal, window, ``attn_mask`` and ``key_padding_mask``.
+
+    Attributes:
+        values: broadcasts to (B, n, Lq, Lk); bool (True attends), or added to the products. A query with no key has
+            all of them, so that no softmax is over nothing.
+        closed: broadcasts to (B, n, Lq, 1); bool, True for those queries.
+    """
+
+    values: Tensor
+    closed: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        lengths: tuple[int, int],
+        is_causal: bool,
+        window: tuple[int, int] | None,
+        attn_mask: Tensor | None,
+        key_padding_mask: Tensor | None,
+        like: Tensor,
+    ) -> "MergedMask":
+        """Merge them.
+
+        Args:
+            lengths: (Lq, Lk).
+            is_causal, window, attn_mask, key_padding_mask: as ``attend`` takes them.
+            like: a tensor of the device and dtype of the products.
+        """
+        allowed = allowed_by_place(lengths, is_causal, window, like.device)[None, None]
+        if key_padding_mask is not None:
+            allowed = allowed & key_padding_mask[:, None, None, :]
+        if attn_mask is None or attn_mask.dtype == torch.bool:
+            values = allowed if attn_mask is None else allowed & attn_mask
+            closed = ~values.any(-1, keepdim=True)
+            return cls(values | closed, closed)
+        # Cast first: the lowest float32, a usual way to say "no", is -inf in bfloat16.
+        attn_mask = attn_mask.to(like.dtype)
+        allowed = allowed & (attn_mask > -torch.inf)
+        closed = ~allowed.any(-1, keepdim=True)
+        values = attn_mask.masked_fill(~allowed, -torch.inf).masked_fill(closed, 0.0)
+        return cls(values, closed)
+
+
+def allowed_by_place(
+    lengths: tuple[int, int], is_causal: bool, window: tuple[int, int] | None, device: torch.device
+) -> Tensor:
+    """(Lq, Lk) bool: what causal and window allow, with the last query at the place of the last key."""
+    queries, keys = lengths
+    distance = torch.arange(keys, device=device) - torch.arange(keys - queries, keys, device=device)[:, None]
+    left, right = sides_of(is_causal, window)
+    allowed = torch.ones_like(distance, dtype=torch.bool)
+    if left >= 0:
+        allowed &= distance >= -left
+    if right >= 0:
+        allowed &= distance <= right
+    return allowed
+
+
+def sides_of(is_causal: bool, window: tuple[int, int] | None) -> tuple[int, int]:
+    """How many keys before and after its own place a query may see; -1 for any."""
+    left, right = window if window is not None else (-1, -1)
+    return left, 0 if is_causal else right
+
+
+def without_padding(k_BLgH: Tensor, v_BLgH: Tensor, key_padding_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Keys and values with 0 at padding. Padding may hold NaN, and a weight of 0 times NaN is NaN."""
+    if key_padding_mask is None:
+        return k_BLgH, v_BLgH
+    away_BL11 = ~key_padding_mask[:, :, None, None]
+    return k_BLgH.masked_fill(away_BL11, 0.0), v_BLgH.masked_fill(away_BL11, 0.0)
