@@ -129,13 +129,14 @@ def _waits(name: str, args: Any, kwargs: Any) -> bool:
 
 
 def bytes_to_others(name: str, args: Any) -> int:
-    """Bytes that this rank hands to a collective of the default group for ranks other than itself.
+    """Bytes that this rank hands to a collective for ranks other than itself.
 
-    For a collective that is not an all-to-all: the traffic of a ring.
+    For a collective that is not an all-to-all: the traffic of a ring, of all ranks.
     """
-    rank, ranks = dist.get_rank(), dist.get_world_size()
     if name == "c10d::alltoall_base_":
-        return _split_to_others(args[1], args[4], rank, ranks)
+        group = dist.ProcessGroup.unbox(args[2])
+        return _split_to_others(args[1], args[4], group.rank(), group.size())
+    rank, ranks = dist.get_rank(), dist.get_world_size()
     if name == "_c10d_functional::all_to_all_single":
         return _split_to_others(args[0], args[2], rank, ranks)
     if name == "c10d::alltoall_":

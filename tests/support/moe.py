@@ -9,11 +9,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from moe_dispatch import GroupedExperts, MoE, Partition, SwiGLU, TokenSharding, TopKRouter
+from moe_dispatch import Counted, GroupedExperts, MoE, Partition, SwiGLU, TokenSharding, TopKRouter
+from moe_dispatch.plan.planner import Planner
 from moe_dispatch.reference import ReferenceMoE
 from tests.support.ranks import world
 
 DIM, HIDDEN = 8, 12
+COUNTED = Counted()
 # Relative to the largest value of its kind. Measured: float64 1e-15, float32 6e-7.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 6e-6}
 
@@ -71,13 +73,15 @@ class Case:
         router.expert_bias_E.copy_(torch.randn(self.partition.total) / 8)
         return router.to(self.dtype), experts.to(self.dtype), shared.to(self.dtype) if shared else None
 
-    def layer(self, rank: int, group: dist.ProcessGroup | None = None) -> MoE:
+    def layer(self, rank: int, group: dist.ProcessGroup | None = None, planner: Planner = COUNTED) -> MoE:
         """The layer with this rank's experts."""
         router, whole, shared = self.parts()
         experts = GroupedExperts(self.experts[rank], DIM, HIDDEN).to(self.dtype)
         experts.load_state_dict(self.mine(whole.state_dict(), rank))
         group = group or world()
-        return MoE(router=router, experts=experts, partition=self.partition, group=group, shared=shared)
+        return MoE(
+            router=router, experts=experts, partition=self.partition, group=group, shared=shared, planner=planner
+        )
 
     def mine(self, state: dict[str, Tensor], rank: int) -> dict[str, Tensor]:
         """A state dict of all experts cut to those of the rank."""

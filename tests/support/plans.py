@@ -29,8 +29,8 @@ def node_groups(rank: int, num_nodes: int, in_node: int) -> Iterator[NodeGroups]
     assert isinstance(intra, dist.ProcessGroup)
     try:
         yield NodeGroups(inter=inter, intra=intra)
+        dist.barrier()  # not behind an exception: the peers may be elsewhere, and it would hide it
     finally:
-        dist.barrier()
         for group in {inter, intra}:
             dist.destroy_process_group(group)
 
