@@ -111,6 +111,11 @@ class ShardedBatch:
         Every rank has the same number of pieces, at least one; where shards are short some are empty. So a collective
         per piece is safe.
 
+        Yields:
+            Views of consecutive places, c of each row: ``token_Bc``, ``target_Bc``, ``position_Bc`` and ``real_Bc``,
+            (B, c), or (c, B) for order "LB"; ``attn_mask`` (B or 1, N or 1, c or 1, L), the rows of these queries
+            with all keys; ``first_place``, where the piece starts in the whole sequence.
+
         Raises:
             ValueError: a size below 1.
         """
