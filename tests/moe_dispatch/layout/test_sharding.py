@@ -44,10 +44,11 @@ def same(got: Tensor, wanted: Tensor) -> bool:
     return got.dtype == wanted.dtype and got.equal(wanted)
 
 
-def wrong_for_rank(sharding: TokenSharding, rank: int, layout: Layout, global_token: GlobalToken) -> list[str]:
-    """What the sharding says about one rank's tokens, and slicing the grids of ids does not."""
-    token_BL, row_BL, position_BL = layout.ids()
-    piece_Bl, row_Bl, position_Bl = (layout.cut(grid)[rank] for grid in (token_BL, row_BL, position_BL))
+def wrong_for_rank(
+    sharding: TokenSharding, rank: int, pieces: tuple[Tensor, ...], token_BL: Tensor, global_token: GlobalToken
+) -> list[str]:
+    """What the sharding says about one rank's tokens, and its pieces of the grids of ids do not."""
+    piece_Bl, row_Bl, position_Bl = pieces
     token_t, local_t = piece_Bl.flatten(), torch.arange(piece_Bl.numel())
     shard_Bl = sharding.shard(token_BL, rank)
     checks = {
@@ -67,7 +68,8 @@ def wrong(
 ) -> list[str]:
     """What of the sharding's arithmetic does not agree with slicing grids of ids. Empty where all is right."""
     token_BL = layout.ids()[0]
-    pieces = layout.cut(token_BL)
+    pieces_of_ranks = list(zip(*map(layout.cut, layout.ids()), strict=True))
+    pieces = [piece_Bl for piece_Bl, _, _ in pieces_of_ranks]
     stacked_T = torch.cat([piece.flatten() for piece in pieces])
     rank_T, local_T = sharding.locate(stacked_T)
     wanted_rank_T = torch.cat([torch.full((piece.numel(),), rank) for rank, piece in enumerate(pieces)])
@@ -81,8 +83,8 @@ def wrong(
         "unshard": same(sharding.unshard(pieces), token_BL),
     }
     found = [name for name, right in checks.items() if not right]
-    for rank in range(len(pieces)):
-        found += wrong_for_rank(sharding, rank, layout, global_token)
+    for rank, of_rank in enumerate(pieces_of_ranks):
+        found += wrong_for_rank(sharding, rank, of_rank, token_BL, global_token)
     return found
 
 
