@@ -1,14 +1,32 @@
-"""What plans of a case are made with: its sharding, sizes that are enough for it, groups of ranks for nodes."""
+"""Plans of a case, of any kind: its sharding, sizes that are enough for it, groups of ranks for nodes."""
 
-from collections.abc import Iterator
+import functools
+import math
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from moe_dispatch import NodeGroups, Partition, StaticSizes, TokenSharding
+from moe_dispatch import (
+    DispatchMetadata,
+    NodeGroups,
+    Partition,
+    StaticSizes,
+    TokenSharding,
+    plan_dispatch,
+    plan_hierarchical,
+    plan_static,
+)
 from tests.support.dense import Case, crossings, make_case, rank_of_expert
 from tests.support.layouts import Layout
+from tests.support.ranks import world
+
+Kind = Literal["counted", "static", "hierarchical"]
+KINDS: tuple[Kind, ...] = ("counted", "static", "hierarchical")
+Planning = Callable[..., Any]  # plan_dispatch, plan_static or plan_hierarchical with its group, sizes or nodes
 
 
 def sharding_of(layout: Layout) -> TokenSharding:
@@ -44,6 +62,25 @@ def enough(case: Case) -> StaticSizes:
         if expert >= 0:
             rows[rank_of[expert]] += 1
     return StaticSizes(rows_per_pair=max(1, *map(max, pairs)), rows=max(1, *rows))
+
+
+def counted(expert_BlK: Tensor, **given: Any) -> DispatchMetadata:
+    """A counted plan over all ranks."""
+    return plan_dispatch(expert_BlK, group=world(), **given)
+
+
+@contextmanager
+def planning(kind: Kind, rank: int, sizes: StaticSizes) -> Iterator[Planning]:
+    """How a rank makes plans of a kind over all ranks. P ranks are sqrt(P) nodes, or two."""
+    if kind == "counted":
+        yield counted
+    elif kind == "static":
+        yield functools.partial(plan_static, group=world(), sizes=sizes)
+    else:
+        ranks = dist.get_world_size()
+        num_nodes = math.isqrt(ranks) if math.isqrt(ranks) ** 2 == ranks else 2
+        with node_groups(rank, num_nodes, ranks // num_nodes) as nodes:
+            yield functools.partial(plan_hierarchical, nodes=nodes)
 
 
 def crowded(ranks: int, seed: int) -> Case:

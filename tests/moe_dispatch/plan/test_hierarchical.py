@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import functools
 from typing import Any
 from unittest import mock
 
@@ -18,7 +19,6 @@ from moe_dispatch import (
     TokenSharding,
     combine,
     dispatch,
-    plan_dispatch,
     plan_hierarchical,
 )
 from moe_dispatch.plan.ids.group_tokens import GroupTokens
@@ -32,55 +32,26 @@ from tests.support.dense import (
     make_case,
     make_cases,
     rank_of_expert,
-    through_experts,
 )
+from tests.support.layer import Layer
 from tests.support.layouts import Layout
-from tests.support.plans import node_groups, sharding_of
-from tests.support.ranks import world
+from tests.support.plans import counted, node_groups, sharding_of
 
 EXCHANGE = "all_to_all_single"
 
 
-class Layer:
-    """One rank's forward of a case in two steps, and its backward when asked."""
-
-    def __init__(self, rank: int, case: Case, nodes: NodeGroups) -> None:
-        piece = case.layout.cut
-        self.case = case
-        self.x_BlD, self.logits_BlE = (piece(t)[rank].clone().requires_grad_() for t in (case.x_BLD, case.logits_BLE))
-        self.w_eDF = case.w_EDF.split(case.experts)[rank].clone().requires_grad_()
-        self.expert_BlK = piece(case.expert_BLK)[rank]
-        self.weight_BlK = chosen_weights(self.logits_BlE, self.expert_BlK)
-        self.grad_BlF = piece(case.grad_BLF)[rank]
-        self.plan = plan_hierarchical(
-            self.expert_BlK,
-            dim=case.x_BLD.shape[-1],
-            sharding=sharding_of(case.layout),
-            experts=Partition(case.experts),
-            nodes=nodes,
-            weight_BlK=self.weight_BlK,
-        )
-        self.x_MD, self.weight_M = dispatch(self.x_BlD, self.weight_BlK, self.plan)
-        self.y_BlF = combine(self.experts(self.x_MD), self.plan, self.weight_M)
-
-    def experts(self, x_MD: Tensor) -> Tensor:
-        return through_experts(x_MD, self.w_eDF, self.plan.rows_per_expert_e.tolist())
-
-    def backward(self) -> Answer:
-        inputs = (self.x_BlD, self.weight_BlK, self.logits_BlE, self.w_eDF)
-        x, weight, logits, w = torch.autograd.grad(self.y_BlF, inputs, self.grad_BlF, materialize_grads=True)
-        return Answer(y=self.y_BlF.detach(), x=x, weight=weight, logits=logits, w=w)
+def layer_between(rank: int, case: Case, nodes: NodeGroups) -> Layer:
+    return Layer(rank, case, functools.partial(plan_hierarchical, nodes=nodes), weigh_in_combine=True)
 
 
 def other_than_flat(layer: Layer) -> list[str]:
     """What the experts see that differs in any bit from one step over all ranks."""
     case, plan = layer.case, layer.plan
-    flat = plan_dispatch(
+    flat = counted(
         layer.expert_BlK,
         dim=case.x_BLD.shape[-1],
         sharding=sharding_of(case.layout),
         experts=Partition(case.experts),
-        group=world(),
     )
     x_MD, weight_M = dispatch(layer.x_BlD, layer.weight_BlK, flat)
     pairs = {
@@ -114,7 +85,7 @@ def run_cases(rank: int, shape: tuple[int, int], cases: list[tuple[Case, Answer]
     with node_groups(rank, *shape) as nodes:
         for case, answer in cases:
             try:
-                layer = Layer(rank, case, nodes)
+                layer = layer_between(rank, case, nodes)
                 found = other_than_flat(layer) + differences(layer.backward(), answer.for_rank(rank, case))
             except Exception as error:
                 error.add_note(f"in case {case.name}")
@@ -239,7 +210,7 @@ def hand_case() -> Case:
 
 def between_rows(rank: int, case: Case) -> tuple[tuple[int, ...], tuple[int, ...]]:
     with node_groups(rank, 2, 2) as nodes:
-        plan = Layer(rank, case, nodes).plan
+        plan = layer_between(rank, case, nodes).plan
     return plan.between.rows_sent, plan.within.rows_sent
 
 
@@ -275,7 +246,7 @@ def test_bfloat16_rows_with_float32_weights(rank_pool: RankPool) -> None:
 def refused_rows(rank: int, case: Case) -> list[str]:
     texts = []
     with node_groups(rank, 2, 2) as nodes:
-        layer = Layer(rank, case, nodes)
+        layer = layer_between(rank, case, nodes)
         x_BlD, weight_BlK, y_MD = layer.x_BlD, layer.weight_BlK, layer.x_MD
         for call in (
             lambda: dispatch(x_BlD[..., 1:], weight_BlK, layer.plan),

@@ -5,12 +5,14 @@ layer, and say what differs from their share of the dense answer.
 """
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moe_dispatch import DispatchMetadata, TokenSharding, plan_dispatch
 from moe_dispatch.testing import RankPool
 from tests.support.dense import (
     Answer,
@@ -23,7 +25,6 @@ from tests.support.dense import (
 )
 from tests.support.layer import MEMORIES, Layer, failures_of, misplaced, rows_of_rank
 from tests.support.layouts import EXPERTS, Layout, Order, layouts
-from tests.support.plans import sharding_of
 from tests.support.routings import ROUTINGS
 
 
@@ -88,9 +89,13 @@ def run_selections(rank: int, groups: list[list[int]], cases: list[tuple[Case, A
     number = next(i for i, ranks in enumerate(groups) if rank in ranks)
     group, (case, answer) = made[number], cases[number]
     assert isinstance(group, dist.ProcessGroup)
-    layer = Layer(rank, case, group=group, sharding=sharding_of(case.layout).select(groups[number]))
+
+    def planning(expert_BlK: Tensor, *, sharding: TokenSharding, **given: Any) -> DispatchMetadata:
+        return plan_dispatch(expert_BlK, sharding=sharding.select(groups[number]), group=group, **given)
+
+    layer = Layer(rank, case, planning, group_rank=group.rank())
     found = differences(layer.backward(), answer.for_rank(rank, case, group.rank()))
-    if layer.metadata.token_of_row_M.tolist() != [token for _, token, _ in rows_of_rank(case, group.rank())]:
+    if layer.plan.token_of_row_M.tolist() != [token for _, token, _ in rows_of_rank(case, group.rank())]:
         found.append("token_of_row_M")
     dist.destroy_process_group(group)
     return found

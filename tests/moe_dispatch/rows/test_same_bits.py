@@ -28,7 +28,7 @@ from tests.support.routings import ROUTINGS
 
 def expert_inputs(rank: int, case: Case) -> tuple[Tensor, ...]:
     layer = Layer(rank, case)
-    plan = layer.metadata
+    plan = layer.plan
     rows = (layer.x_MD, layer.weight_M, plan.token_of_row_M, plan.choice_of_row_M, plan.rows_per_expert_e)
     return tuple(t.detach() for t in rows)
 
@@ -46,7 +46,7 @@ def run_twice(rank: int, cases: list[Case]) -> list[str]:
 def changed_inputs(rank: int, case: Case) -> list[str]:
     """Which of the tensors that were passed in, or of the plan's, do not hold what they held."""
     layer = Layer(rank, case)
-    plan, expert_BlK = layer.metadata, case.layout.cut(case.expert_BLK)[rank]
+    plan, expert_BlK = layer.plan, case.layout.cut(case.expert_BLK)[rank]
     named = {f.name: getattr(plan, f.name) for f in dataclasses.fields(plan)}
     named |= {"x": layer.x_BlD, "w": layer.weight_BlK, "y": layer.experts(layer.x_MD), "weight_M": layer.weight_M}
     named |= {"ids": expert_BlK}
