@@ -1,4 +1,4 @@
-"""Which rank holds which global token: every line of index arithmetic of the two packages.
+"""Which rank holds which global token. Whoever needs to know asks here; plans and Ulysses do no such arithmetic.
 
 A batch-major ("BL") shard is *not* one run of global tokens as soon as it holds two rows of the batch; a
 sequence-major ("LB") shard of the sequence is. Formulas that forget this are right for one row, or for even shards,

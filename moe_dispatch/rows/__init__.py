@@ -1,0 +1,1 @@
+"""Rows of floats, moved by a plan: gathered, exchanged, summed. No arithmetic on indices."""
