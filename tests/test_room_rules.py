@@ -182,12 +182,7 @@ def test_the_library_needs_no_extras() -> None:
 
 def test_no_module_holds_anything_that_can_change() -> None:
     found = {(name, variable) for name, source in FILES.items() for variable in mutable_globals(source)}
-    allowed = {
-        ("moe_dispatch/lab/cli.py", "MODULES_OF_EXTRA"),
-        ("moe_dispatch/lab/validate/config.py", "TABLES"),
-        ("moe_dispatch/lab/validate/config.py", "DEFAULT_OF_ROW"),
-    }  # tables that no code writes to
-    assert {pair for pair in found if pair[1] != "__all__"} - allowed == set()
+    assert {pair for pair in found if pair[1] != "__all__"} == set()
 
 
 def test_only_the_pool_of_ranks_is_kept_per_process() -> None:

@@ -1,1 +1,1 @@
-"""The benchmark: ours, the usual implementation and the floors, timed in one run on this machine."""
+"""``bench``: time this library, the usual implementations and the bare collectives in turns on CPU ranks."""

@@ -1,104 +1,111 @@
-"""``bench``, from arguments to exit status: all is checked first, then run, then told and written."""
+"""``bench``: check all input, run, print, write."""
 
 import argparse
-import difflib
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from rich.console import Console
 
 from ...testing import RankError, RankPool
-from ..desk.files import check_output
-from ..validate.command import find_config
-from ..validate.report import ProgressDisplay, output_console
+from ..desk.console import ProgressDisplay, output_console
+from ..desk.names import chosen_names
+from ..desk.output import check_output
+from ..desk.packaged import find_config
 from .config import BenchConfig, UlyssesConfig, WorkloadConfig, load_bench
-from .contenders.contender import find_adapter
+from .contenders.named import find_adapter
 from .measure import measure
 from .memory import ALLOCATOR
-from .report import Setting, print_bench, write_json
+from .report import Setting, print_bench, write_bench
 from .results import WorkloadResult, largest
 
-QUIET = (("KINETO_LOG_LEVEL", "99"),)  # the profiler tells of its start and its end otherwise
+QUIET = (("KINETO_LOG_LEVEL", "99"),)  # else the profiler prints when it starts and ends
 
 
-def bench(arguments: argparse.Namespace) -> int:
-    """0: every workload ran, every contender was right; 1: not; 2: wrong input, told before anything ran."""
-    try:
-        config, workloads = prepare(arguments)
-    except ValueError as error:
-        print(f"moe-dispatch: {error}", file=sys.stderr)
-        return 2
-    setting = Setting(
-        torch=torch.__version__,
-        cores=os.cpu_count() or 1,
-        load_average=os.getloadavg()[0],
-        repeat=arguments.repeat,
-    )
-    results = []
-    with ProgressDisplay(Console(stderr=True), len(workloads)) as display:
-        for workload in workloads:
-            display.started(workload.name)
-            results.append(run_workload(workload, arguments))
-            display.finished(workload.name, "broke off" if results[-1].error else "done")
-    print_bench(output_console(), setting, results)
-    try:
-        if arguments.json:
-            write_json(arguments.json, config, setting, results)
-        if arguments.plot:
-            from .plot import write_plot
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """A run whose input was checked.
 
-            write_plot(arguments.plot, results)
-    except OSError as error:  # a full disk: the table is out by now
-        if error.filename is None:
-            raise
-        print(f"moe-dispatch: {error.filename} was not written ({error.strerror})", file=sys.stderr)
-        return 2
-    return 0 if all(result.fine for result in results) else 1
+    Attributes:
+        adapter: ``package.module:Name`` of a class to time too; empty for none.
+        repeat: repetitions of each contender.
+        profile: whether to tell what each spends its time on.
+        timeout: seconds for each workload.
+        json, plot: files to write.
+    """
+
+    config: BenchConfig
+    workloads: Sequence[WorkloadConfig]
+    adapter: str
+    repeat: int
+    profile: bool
+    timeout: float
+    json: Path | None
+    plot: Path | None
+
+    def run(self) -> int:
+        """The exit status. 0: every workload ran and every contender was right; 1: not."""
+        setting = Setting(
+            torch=torch.__version__,
+            cores=os.cpu_count() or 1,
+            load_average=os.getloadavg()[0],
+            repeat=self.repeat,
+        )
+        results = []
+        with ProgressDisplay(Console(stderr=True), len(self.workloads)) as display:
+            for workload in self.workloads:
+                display.started(workload.name)
+                results.append(run_workload(workload, self))
+                display.finished(workload.name, "broke off" if results[-1].error else "done")
+        print_bench(output_console(), setting, results)
+        if self.json:
+            write_bench(self.json, self.config, setting, results)
+        if self.plot:
+            from .plot import write_plot  # needs the extra "plot"
+
+            write_plot(self.plot, results)
+        return 0 if all(result.fine for result in results) else 1
 
 
-def prepare(arguments: argparse.Namespace) -> tuple[BenchConfig, Sequence[WorkloadConfig]]:
-    """Read and check all inputs.
+def prepare(arguments: argparse.Namespace) -> Job:
+    """Read and check all input.
 
     Raises:
         ValueError: fact, rule, remedy.
     """
-    config = load_bench(find_config(arguments.config, of_bench=True))
+    config = load_bench(find_config(arguments.config, tool="bench"))
     if arguments.adapter:
         find_adapter(arguments.adapter)
     if arguments.plot:
-        from ..validate.plot import check_plot  # matplotlib is an extra of its own
+        from ..desk.plots import check_plot  # needs the extra "plot"
 
         check_plot(arguments.plot)
     for path in (arguments.json, arguments.plot):
         if path:
             check_output(path)
-    names = [workload.name for workload in config.workloads]
-    for name in arguments.workloads or ():
-        if name not in names:
-            near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
-            remedy = f"choose from: {', '.join(map(repr, names))}" + (f" (did you mean {near[0]!r}?)" if near else "")
-            raise ValueError(f"no workload of the config is named {name!r}; {remedy}")
-    chosen = arguments.workloads or names
-    return config, [workload for workload in config.workloads if workload.name in chosen]
+    chosen = chosen_names(arguments.workloads, [workload.name for workload in config.workloads], what="workload")
+    return Job(
+        config=config,
+        workloads=[workload for workload in config.workloads if workload.name in chosen],
+        adapter=arguments.adapter or "",
+        repeat=arguments.repeat,
+        profile=arguments.profile,
+        timeout=arguments.timeout,
+        json=arguments.json,
+        plot=arguments.plot,
+    )
 
 
-def run_workload(workload: WorkloadConfig, arguments: argparse.Namespace) -> WorkloadResult:
-    """Fresh ranks, under the allocator settings that every contender gets, for one workload."""
+def run_workload(workload: WorkloadConfig, job: Job) -> WorkloadResult:
+    """One workload on fresh ranks, which all have the allocator settings of :data:`ALLOCATOR`."""
     kind = "ulysses" if isinstance(workload, UlyssesConfig) else "dispatch"
+    given = (workload, job.adapter, job.repeat, job.profile)
     with environment(dict((*ALLOCATOR, *QUIET))), RankPool() as pool:
         try:
-            of_ranks = pool.run(
-                measure,
-                workload.ranks,
-                workload,
-                arguments.adapter or "",
-                arguments.repeat,
-                arguments.profile,
-                timeout=arguments.timeout,
-            )
+            of_ranks = pool.run(measure, workload.ranks, *given, timeout=job.timeout)
         except RankError as error:
             return WorkloadResult(name=workload.name, kind=kind, shape=workload.shape, error=str(error))
     return WorkloadResult(

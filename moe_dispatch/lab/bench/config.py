@@ -1,18 +1,16 @@
-"""The TOML file of a bench run, as frozen values."""
+"""The config of a bench run: its workloads."""
 
-import json
-import tomllib
-from collections.abc import Mapping
+from collections import Counter
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from ...layout.partition import Partition
+from ... import Partition
+from ..desk.config_file import STRICT, checked, read_toml, refusal
 
-# strict: a number in quotes is a mistake, not a number
-STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+Dtype = Literal["bfloat16", "float16", "float32", "float64"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
@@ -20,15 +18,15 @@ class DispatchConfig:
     """Tokens through identity experts: ``tokens`` on each rank, or a list with one number per rank. ``turns``: how
     often to time it in one repetition."""
 
-    name: str = Field(min_length=1)
-    ranks: int = Field(ge=1)
-    tokens: int | tuple[int, ...]
-    dim: int = Field(ge=1)
-    experts: int = Field(ge=1)
-    top_k: int = Field(ge=1)
-    dtype: Literal["bfloat16", "float16", "float32", "float64"]
-    zipf: float = Field(default=0.0, ge=0)
-    turns: int = Field(default=1, ge=1)
+    name: str = Field(min_length=1, examples=['"a"'])
+    ranks: int = Field(ge=1, examples=[4])
+    tokens: int | tuple[int, ...] = Field(description="an int, or a list with one int per rank", examples=[2048])
+    dim: int = Field(ge=1, examples=[1024])
+    experts: int = Field(ge=1, examples=[32])
+    top_k: int = Field(ge=1, examples=[8])
+    dtype: Dtype = Field(examples=["bfloat16"])
+    zipf: float = Field(default=0.0, ge=0, examples=[1.0])
+    turns: int = Field(default=1, ge=1, examples=[1])
 
     @property
     def tokens_per_rank(self) -> tuple[int, ...]:
@@ -53,15 +51,15 @@ class DispatchConfig:
 class UlyssesConfig:
     """Attention over ranks: ``seq`` tokens of each row cut as evenly as can be, or a list, one length per rank."""
 
-    name: str = Field(min_length=1)
-    ranks: int = Field(ge=1)
-    batch: int = Field(ge=1)
-    seq: int | tuple[int, ...]
-    heads: int = Field(ge=1)
-    kv_heads: int = Field(ge=1)
-    head_dim: int = Field(ge=1)
-    dtype: Literal["bfloat16", "float16", "float32", "float64"]
-    turns: int = Field(default=1, ge=1)
+    name: str = Field(min_length=1, examples=['"a"'])
+    ranks: int = Field(ge=1, examples=[4])
+    batch: int = Field(ge=1, examples=[2])
+    seq: int | tuple[int, ...] = Field(description="an int, or a list with one int per rank", examples=[4096])
+    heads: int = Field(ge=1, examples=[16])
+    kv_heads: int = Field(ge=1, examples=[4])
+    head_dim: int = Field(ge=1, examples=[64])
+    dtype: Dtype = Field(examples=["bfloat16"])
+    turns: int = Field(default=1, ge=1, examples=[1])
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -88,8 +86,10 @@ WorkloadConfig = DispatchConfig | UlyssesConfig
 class BenchConfig:
     """``[[dispatch]]`` and ``[[ulysses]]`` tables, at least one."""
 
-    dispatch: tuple[DispatchConfig, ...] = ()
-    ulysses: tuple[UlyssesConfig, ...] = ()
+    dispatch: tuple[DispatchConfig, ...] = Field(
+        default=(), description="a list of tables", examples=["[[dispatch]]"]
+    )
+    ulysses: tuple[UlyssesConfig, ...] = Field(default=(), description="a list of tables", examples=["[[ulysses]]"])
 
     @property
     def workloads(self) -> tuple[WorkloadConfig, ...]:
@@ -100,34 +100,24 @@ def load_bench(path: Path) -> BenchConfig:
     """The config of a TOML file.
 
     Raises:
-        ValueError: a file that cannot be read, is no TOML, or breaks rules, which are then all listed.
+        ConfigError: a file that cannot be read, is no TOML, or breaks rules, which are then all listed.
     """
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ValueError(
-            f"config {path} cannot be read ({error}); name a TOML file, e.g. configs/bench_tiny.toml"
-        ) from None
-    try:
-        config = TypeAdapter(BenchConfig).validate_json(json.dumps(table, default=str))
-    except ValidationError as error:
-        problems = [_told(detail, table) for detail in error.errors()]
-    else:
-        problems = [
-            f'"{workload.name}": {problem}' for workload in config.workloads if (problem := workload.problem())
-        ]
-        names = [workload.name for workload in config.workloads]
-        problems += [
-            f'two workloads are named "{name}"; name each once'
-            for name in sorted({n for n in names if names.count(n) > 1})
-        ]
-        if not names:
-            problems.append(
-                "it has no workload; add a [[dispatch]] or [[ulysses]] table, as configs/bench.toml has them"
-            )
-        if not problems:
-            return config
-    raise ValueError("\n  ".join([f"config {path} cannot be used:", *dict.fromkeys(problems)]))
+    config = checked(BenchConfig, read_toml(path), path, entry="workload")
+    if problems := _broken_rules(config):
+        raise refusal(path, problems)
+    return config
+
+
+def _broken_rules(config: BenchConfig) -> list[str]:
+    problems = [f'"{workload.name}": {problem}' for workload in config.workloads if (problem := workload.problem())]
+    for name, count in Counter(workload.name for workload in config.workloads).items():
+        if count > 1:
+            problems.append(f'two workloads are named "{name}"; name each once')
+    if not config.workloads:
+        problems.append(
+            "it has no workload; add a [[dispatch]] or [[ulysses]] table, as configs/bench/bench.toml has them"
+        )
+    return problems
 
 
 def _problem_of_sizes(key: str, sizes: tuple[int, ...], ranks: int) -> str:
@@ -136,17 +126,3 @@ def _problem_of_sizes(key: str, sizes: tuple[int, ...], ranks: int) -> str:
     if min(sizes) < 0 or not sum(sizes):
         return f"{key} is {sizes}; numbers have to be at least 0, and one of them above"
     return ""
-
-
-def _told(detail: Mapping[str, Any], table: Mapping[str, Any]) -> str:
-    """One error of pydantic with its key and the workload's name."""
-    place = [step for step in detail["loc"] if step not in ("int", "tuple[int, ...]")]
-    key = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in place).removeprefix(".")
-    if len(place) > 1 and isinstance(place[1], int):
-        row = table[place[0]][place[1]]
-        key += f' ("{row["name"]}")' if isinstance(row, dict) and "name" in row else ""
-    if detail["type"] == "missing":
-        return f"{key} is missing; see configs/bench.toml for an example"
-    if detail["type"] == "unexpected_keyword_argument":
-        return f"{key} is not a known key; see configs/bench.toml for those that are"
-    return f"{key} is {detail['input']!r}: {detail['msg'][0].lower()}{detail['msg'][1:]}"

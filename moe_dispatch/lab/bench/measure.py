@@ -11,11 +11,12 @@ from torch import Tensor
 
 from ...testing.counting import Counts, counting, run_backward
 from .config import DispatchConfig, WorkloadConfig
-from .contenders.contender import Contender, contenders_of
 from .contenders.floor import Floor, floors_of
+from .contenders.named import contenders_of
+from .contenders.protocol import Contender, NotApplicable
 from .memory import allocator_in_force, bytes_kept, peak_bytes
 from .results import Line, Traffic
-from .workload import Case, DispatchWorkload, NotApplicable, UlyssesWorkload
+from .workload import Case, DispatchWorkload, UlyssesWorkload
 
 WARMUPS = 1  # after the check and the accounts, which call everything four times
 # Largest max |difference| / max |value|; rows are rounded once or twice on their way, and sums have their own order.

@@ -1,33 +1,23 @@
 """What the user sees of a bench run: the settings, a table, and the same as JSON."""
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..desk.files import replacing
+from ..desk.console import new_table, print_lines
+from ..desk.output import write_json
 from .config import BenchConfig
 from .results import Line, Traffic, WorkloadResult
 
-COLUMNS = (
-    "workload",
-    "contender",
-    "forward ms",
-    "x floor",
-    "fwd + bwd ms",
-    "x floor",
-    "wire MB",
-    "collectives",
-    "host syncs",
-    "kept MB",
-    "peak MB",
-)
+NAMES = ("workload", "contender")
+NUMBERS = (
+    "forward ms", "x floor", "fwd + bwd ms", "x floor", "wire MB", "collectives", "host syncs", "kept MB", "peak MB",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,23 +32,21 @@ class Setting:
 
 def print_bench(console: Console, setting: Setting, results: Sequence[WorkloadResult]) -> None:
     """Settings, the table, then what each workload is and what kept a contender out of it."""
-    _print_text(console, _setting_lines(setting, results))
-    table = Table(header_style="bold", box=SIMPLE_HEAD, pad_edge=False)
-    for i, column in enumerate(COLUMNS):
-        table.add_column(column, justify="left" if i < 2 else "right")
+    print_lines(console, _setting_lines(setting, results))
+    table = new_table(*NAMES, *NUMBERS, right=NUMBERS)
     for result in results:
         for i, line in enumerate(result.lines):
             table.add_row(Text("" if i else result.name), *_cells(result, line))
         table.add_section()
     console.print(table)
-    _print_text(console, _notes(results))
+    print_lines(console, _notes(results))
     for result in results:
         if any(line.phase_ms for line in result.lines):
-            _print_text(console, iter([f"{result.name}: share of forward + backward on rank 0, while profiled"]))
+            print_lines(console, [f"{result.name}: share of forward + backward on rank 0, while profiled"])
             console.print(_phase_table(result))
 
 
-def write_json(path: Path, config: BenchConfig, setting: Setting, results: Sequence[WorkloadResult]) -> None:
+def write_bench(path: Path, config: BenchConfig, setting: Setting, results: Sequence[WorkloadResult]) -> None:
     """Config, settings, and every number of every repetition."""
     document = {
         "passed": all(result.fine for result in results),
@@ -66,8 +54,7 @@ def write_json(path: Path, config: BenchConfig, setting: Setting, results: Seque
         "config": asdict(config),
         "workloads": [asdict(result) for result in results],
     }
-    with replacing(path) as part:
-        part.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    write_json(path, document)
 
 
 def _setting_lines(setting: Setting, results: Sequence[WorkloadResult]) -> Iterator[str]:
@@ -123,8 +110,7 @@ def _notes(results: Sequence[WorkloadResult]) -> Iterator[str]:
 
 def _phase_table(result: WorkloadResult) -> Table:
     profiled = [line for line in result.lines if line.phase_ms]
-    table = Table(header_style="bold", box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("phase")
+    table = new_table("phase")
     for line in profiled:
         table.add_column(Text(line.name), justify="right")
     totals = [sum((line.phase_ms or {}).values()) for line in profiled]
@@ -134,8 +120,3 @@ def _phase_table(result: WorkloadResult) -> Table:
             phase, *(f"{time:.1f} ms {time / total:4.0%}" for time, total in zip(times, totals, strict=True))
         )
     return table
-
-
-def _print_text(console: Console, lines: Iterator[str]) -> None:
-    for line in lines:
-        console.print(Text(line), soft_wrap=True)

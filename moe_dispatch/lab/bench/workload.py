@@ -9,10 +9,6 @@ from ... import Partition, TokenSharding
 from .config import DispatchConfig, UlyssesConfig
 
 
-class NotApplicable(ValueError):
-    """A contender cannot do this workload; the text says why. Raised on every rank alike, before any collective."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
     """One rank's tensors, and what has to come out of them, in float64.

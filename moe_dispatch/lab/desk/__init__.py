@@ -1,0 +1,1 @@
+"""What the tools share: input files and their errors, output files, tables and progress, plots, ranks."""

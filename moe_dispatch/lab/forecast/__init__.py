@@ -1,1 +1,1 @@
-"""Scaling on paper: what a layer sends over which links, for a model and a cluster. Used by ``plan`` alone."""
+"""``plan``: what a layer sends over which links of a cluster, and what that costs. Nothing is run."""

@@ -6,7 +6,7 @@ from math import comb
 
 import torch
 
-from ...layout.partition import Partition
+from ... import Partition
 from .demand import Chances
 
 SAMPLES = 8192  # tokens: a chance of 1 % is then known to a tenth of it

@@ -1,51 +1,56 @@
-"""``plan``, from arguments to exit status."""
+"""``plan``: check all input, predict, print, write."""
 
 import argparse
-import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..desk.files import check_output, find_packaged
-from .config import load_plan_config
-from .predict import crossing, predict
+from ..desk.console import output_console
+from ..desk.output import check_output
+from ..desk.packaged import find_config
+from .config import PlanConfig, load_plan_config
+from .crossing import find_crossing
+from .predict import predict
 from .report import print_plan, write_plan
 
-PACKAGE = Path(__file__).parents[2]
-CONFIG_FOLDERS = (PACKAGE / "configs" / "plan", PACKAGE.parent / "configs" / "plan")  # of a wheel, of a checkout
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """Plans whose input was checked: one for each number of nodes.
+
+    Attributes:
+        json: file to write.
+    """
+
+    configs: Sequence[PlanConfig]
+    json: Path | None
+
+    def run(self) -> int:
+        """The exit status, 0."""
+        predictions = [prediction for config in self.configs for prediction in predict(config)]
+        crossing = find_crossing(self.configs[0])
+        print_plan(output_console(), self.configs[0], predictions, crossing)
+        if self.json:
+            write_plan(self.json, self.configs, predictions, crossing)
+        return 0
 
 
-def plan(arguments: argparse.Namespace) -> int:
-    """0, or 2 for wrong input."""
-    try:
-        if arguments.json:
-            check_output(arguments.json)
-        path = find_config(arguments.config)
-        configs = [load_plan_config(path, _changes(arguments, nodes)) for nodes in arguments.nodes or [None]]
-    except ValueError as error:
-        print(f"moe-dispatch: {error}", file=sys.stderr)
-        return 2
-    predictions = [prediction for each in configs for prediction in predict(each)]
-    found = crossing(configs[0])
-    print_plan(configs[0], predictions, found)
-    try:
-        if arguments.json:
-            write_plan(arguments.json, configs, predictions, found)
-    except OSError as error:  # a full disk: the table is out by now
-        if error.filename is None:
-            raise
-        print(f"moe-dispatch: {error.filename} was not written ({error.strerror})", file=sys.stderr)
-        return 2
-    return 0
+def prepare(arguments: argparse.Namespace) -> Job:
+    """Read and check all input.
+
+    Raises:
+        ValueError: fact, rule, remedy.
+    """
+    if arguments.json:
+        check_output(arguments.json)
+    path = find_config(arguments.config, tool="plan", what="plan")
+    configs = [load_plan_config(path, _changes(arguments, nodes)) for nodes in arguments.nodes or [None]]
+    return Job(configs=configs, json=arguments.json)
 
 
-def find_config(name: str) -> Path:
-    """See :func:`find_packaged`."""
-    packaged = {path.stem: path for folder in reversed(CONFIG_FOLDERS) for path in sorted(folder.glob("*.toml"))}
-    return find_packaged(name, packaged, folder=Path("configs/plan"), what="plan")
-
-
-def _changes(arguments: argparse.Namespace, nodes: int | None) -> dict[str, dict[str, Any]]:
-    """What the command line says in place of the file."""
+def _changes(arguments: argparse.Namespace, nodes: int | None) -> Mapping[str, Mapping[str, Any]]:
+    """What the command line gives in place of the file's values."""
     given = {
         "load": {"tokens_per_rank": arguments.tokens, "zipf": arguments.zipf},
         "cluster": {

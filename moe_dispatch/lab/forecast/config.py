@@ -1,16 +1,16 @@
-"""The TOML file of a plan, as frozen values: dimensions of a model, its load, and a cluster."""
+"""The config of a plan: dimensions of a model, its load, and a cluster."""
 
-import json
-import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from ...plan.ids.format import MOST_EXPERTS
+from ..desk.config_file import STRICT, checked, read_toml, refusal
 
-STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+MOST_RANKS = 4096
 Dtype = Literal["float64", "float32", "bfloat16", "float16"]
 
 
@@ -18,32 +18,32 @@ Dtype = Literal["float64", "float32", "bfloat16", "float16"]
 class ModelDims:
     """What dispatch needs to know of an MoE layer. ``groups`` and ``limited_groups``: node-limited routing."""
 
-    dim: int = Field(ge=1)
-    experts: int = Field(ge=1, le=MOST_EXPERTS)
-    top_k: int = Field(ge=1)
-    groups: int = Field(default=1, ge=1)
-    limited_groups: int = Field(default=1, ge=1)
-    dtype: Dtype
-    weight_dtype: Dtype
+    dim: int = Field(ge=1, examples=[7168])
+    experts: int = Field(ge=1, le=MOST_EXPERTS, examples=[256])
+    top_k: int = Field(ge=1, examples=[8])
+    groups: int = Field(default=1, ge=1, examples=[8])
+    limited_groups: int = Field(default=1, ge=1, examples=[4])
+    dtype: Dtype = Field(examples=["bfloat16"])
+    weight_dtype: Dtype = Field(examples=["float32"])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
 class Load:
     """Tokens on each rank, and the exponent of Zipf's law among experts (0: all alike)."""
 
-    tokens_per_rank: int = Field(ge=1, le=2**31)  # counts of bytes fit in an int64
-    zipf: float = Field(ge=0)
+    tokens_per_rank: int = Field(ge=1, le=2**31, examples=[4096])  # counts of bytes fit in an int64
+    zipf: float = Field(ge=0, examples=[0.5])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
 class Cluster:
     """Gigabytes (1e9) per second of one rank in each direction, and microseconds that a collective takes at least."""
 
-    nodes: int = Field(ge=1)
-    ranks_per_node: int = Field(ge=1)
-    intra_gb_s: float = Field(gt=0)
-    inter_gb_s: float = Field(gt=0)
-    latency_us: float = Field(ge=0)
+    nodes: int = Field(ge=1, examples=[8])
+    ranks_per_node: int = Field(ge=1, examples=[8])
+    intra_gb_s: float = Field(gt=0, examples=[160.0])
+    inter_gb_s: float = Field(gt=0, examples=[50.0])
+    latency_us: float = Field(ge=0, examples=[30.0])
 
     @property
     def ranks(self) -> int:
@@ -54,35 +54,27 @@ class Cluster:
 class PlanConfig:
     """All of a plan."""
 
-    model: ModelDims
-    load: Load
-    cluster: Cluster
+    model: ModelDims = Field(description="a table", examples=["[model]"])
+    load: Load = Field(description="a table", examples=["[load]"])
+    cluster: Cluster = Field(description="a table", examples=["[cluster]"])
 
 
-def load_plan_config(path: Path, changes: dict[str, dict[str, Any]]) -> PlanConfig:
+def load_plan_config(path: Path, changes: Mapping[str, Mapping[str, Any]]) -> PlanConfig:
     """The config of a TOML file, with some values taken from the command line.
 
     Args:
         changes: {table: {key: value}}, in place of those of the file.
 
     Raises:
-        ValueError: a file that cannot be read, is no TOML, or breaks rules, which are then all listed.
+        ConfigError: a file that cannot be read, is no TOML, or breaks rules, which are then all listed.
     """
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"config {path} cannot be read ({error}); name a readable TOML file") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"config {path} is not valid TOML: {error}; correct that place (https://toml.io)") from None
+    table = read_toml(path)
     for name, values in changes.items():
         if isinstance(table.setdefault(name, {}), dict):
             table[name] |= values
-    try:
-        config = TypeAdapter(PlanConfig).validate_json(json.dumps(table, default=str))
-    except ValidationError as error:
-        raise _error(path, [_problem(detail) for detail in error.errors()]) from None
+    config = checked(PlanConfig, table, path)
     if problems := _broken_rules(config):
-        raise _error(path, problems)
+        raise refusal(path, problems)
     return config
 
 
@@ -102,21 +94,6 @@ def _broken_rules(config: PlanConfig) -> list[str]:
             f"model.top_k is {model.top_k}, but a token reaches "
             f"{model.experts // model.groups * model.limited_groups} experts; choose at most as many"
         )
-    if cluster.ranks > 4096:
-        problems.append(f"cluster.nodes x ranks_per_node is {cluster.ranks} ranks; plan for at most 4096")
+    if cluster.ranks > MOST_RANKS:
+        problems.append(f"cluster.nodes x ranks_per_node is {cluster.ranks} ranks; plan for at most {MOST_RANKS}")
     return problems
-
-
-def _error(path: Path, problems: list[str]) -> ValueError:
-    return ValueError("\n  ".join([f"config {path} cannot be used:", *problems]))
-
-
-def _problem(detail: Any) -> str:
-    """One error of pydantic: key, fact, rule."""
-    key = ".".join(str(step) for step in detail["loc"])
-    if detail["type"] == "missing":
-        return f"{key} is missing; give it a value, e.g. as in configs/plan/deepseek_v3.toml"
-    if detail["type"] == "unexpected_keyword_argument":
-        return f"{key} is not a known key; remove it, or see configs/plan/deepseek_v3.toml for the keys"
-    rule = detail["msg"].removeprefix("Input should be ")
-    return f"{key} is {detail['input']!r}; it has to be {rule}"

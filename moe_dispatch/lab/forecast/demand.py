@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...layout.partition import Partition
+from ... import Partition
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -1,4 +1,4 @@
-"""What a layer costs on a cluster, each way of dispatching, and from where on another way to plan sends less."""
+"""What a layer costs on a cluster, for each way of dispatching."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -6,14 +6,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...layout.partition import Partition
-from .chances import needed_chances, uniform_chances, zipf_chances
+from ... import Partition
+from .chances import uniform_chances, zipf_chances
 from .config import PlanConfig
 from .demand import Chances, expected_demand
-from .traffic import COUNT_BYTES, Traffic, Widths, routing_bytes, row_per_choice, row_per_node, row_per_rank
+from .traffic import Traffic, Widths, row_per_choice, row_per_node, row_per_rank
 
 PLACEMENTS = 4  # ways to deal the popular experts to ranks, averaged over
-MOST_RANKS = 4096
 SCHEMES = (row_per_choice, row_per_rank, row_per_node)
 
 
@@ -48,19 +47,6 @@ class Prediction:
     fullest_rows: float
     payload_bytes: float
     row_bytes: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Crossing:
-    """From how many ranks on it costs less to send counts first and ids with the rows, for uniform routing.
-
-    Attributes:
-        ranks_by_bytes: comparing bytes that leave a rank. None: not up to MOST_RANKS.
-        ranks_by_time: comparing time over the links, one more collective's latency included.
-    """
-
-    ranks_by_bytes: int | None
-    ranks_by_time: int | None
 
 
 def widths_of(config: PlanConfig) -> Widths:
@@ -107,34 +93,6 @@ def link_sums(leg_PP: Tensor, num_nodes: int) -> tuple[Tensor, ...]:
         own_received_P - kept_P,
         leg_PP.sum(0) - own_received_P,
     )
-
-
-def crossing(config: PlanConfig) -> Crossing:
-    """Where every rank's choices to every rank (``routing.py``) cost more than the alternative.
-
-    That is: a word and a count to every rank, and with each row that leaves its token's number (8 bytes) and ids.
-    """
-    model, load, cluster = config.model, config.load, config.cluster
-    by_bytes = by_time = None
-    in_node = cluster.ranks_per_node
-    for ranks in (*range(2, in_node), *range(in_node, MOST_RANKS + 1, in_node)):
-        sizes = [model.experts // ranks + (rank < model.experts % ranks) for rank in range(ranks)]
-        needed = needed_chances(
-            sizes, num_choices=model.top_k, groups=model.groups, limited_groups=model.limited_groups
-        )
-        rows = load.tokens_per_rank * sum(needed) / ranks  # to one rank, in the mean
-        message = routing_bytes(torch.tensor(load.tokens_per_rank), model.top_k, model.experts).item()
-        word = routing_bytes(torch.tensor(0), model.top_k, model.experts).item()
-        ids = (message - word) / load.tokens_per_rank
-        counts_first = word + COUNT_BYTES + rows * (ids + COUNT_BYTES)
-        inside, outside = min(ranks, in_node) - 1, ranks - min(ranks, in_node)
-        seconds_per_byte = max(inside / (1e9 * cluster.intra_gb_s), outside / (1e9 * cluster.inter_gb_s))
-        if by_bytes is None and message > counts_first:
-            by_bytes = ranks
-        if (message - counts_first) * seconds_per_byte > 1e-6 * cluster.latency_us:
-            by_time = ranks
-            break
-    return Crossing(ranks_by_bytes=by_bytes, ranks_by_time=by_time)
 
 
 def _uniform(config: PlanConfig, experts: Partition) -> Chances:

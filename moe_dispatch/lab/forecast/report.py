@@ -1,40 +1,28 @@
-"""A plan as a table, and as JSON."""
+"""What the user sees of a plan: a table, and the same as JSON."""
 
-import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
-from ..desk.files import replacing
+from ..desk.console import new_table, print_lines
+from ..desk.output import write_json
 from .config import PlanConfig
-from .predict import MOST_RANKS, Crossing, Prediction
+from .crossing import MOST_RANKS, Crossing
+from .predict import Prediction
 
-WIDTH = 250  # more than the table: rich folds cells at 80 columns in a pipe
+NAMES = ("routing", "scheme")
 COLUMNS = (
-    "ranks", "routing", "scheme", "rows sent", "intra B/token", "inter B/token", "plan intra kB", "plan inter kB",
-    "ms", "rows mean", "fullest", "payload MB", "rows MB",
+    "ranks", *NAMES, "rows sent", "intra B/token", "inter B/token", "plan intra kB", "plan inter kB", "ms",
+    "rows mean", "fullest", "payload MB", "rows MB",
 )  # fmt: skip
 
 
-def print_plan(config: PlanConfig, predictions: Sequence[Prediction], crossing: Crossing) -> None:
-    """What is planned, a line per number of ranks, routing and scheme, and where counts should go first."""
-    console = Console(width=WIDTH)
-    model, load, cluster = config.model, config.load, config.cluster
-    groups = f", {model.limited_groups} of {model.groups} groups" if model.groups > 1 else ""
-    _say(
-        console,
-        f"{model.top_k} of {model.experts} experts{groups}; {load.tokens_per_rank} tokens of {model.dim} x "
-        f"{model.dtype} per rank; {cluster.ranks_per_node} ranks per node, {cluster.intra_gb_s:g} GB/s inside, "
-        f"{cluster.inter_gb_s:g} GB/s between nodes, {cluster.latency_us:g} us per collective",
-    )
-    table = Table(header_style="bold", box=SIMPLE_HEAD, pad_edge=False)
-    for column in COLUMNS:
-        table.add_column(column, justify="left" if column in ("routing", "scheme") else "right")
+def print_plan(console: Console, config: PlanConfig, predictions: Sequence[Prediction], crossing: Crossing) -> None:
+    """What is planned, a line for each number of ranks, routing and scheme, then what to know about the numbers."""
+    print_lines(console, [_header(config)])
+    table = new_table(*COLUMNS, right=[column for column in COLUMNS if column not in NAMES])
     before = None
     for each in predictions:
         if before and (before.ranks, before.routing) != (each.ranks, each.routing):
@@ -42,28 +30,7 @@ def print_plan(config: PlanConfig, predictions: Sequence[Prediction], crossing: 
         table.add_row(*_cells(each))
         before = each
     console.print(table)
-    _say(console, crossing_text(crossing))
-    if model.limited_groups < model.groups:
-        _say(
-            console,
-            "Uniform routing draws a token's groups at random; Zipf's takes those with the best two scores, of which "
-            "more are then needed: more nodes for each token, also at exponent 0.",
-        )
-    for ranks in dict.fromkeys(each.ranks for each in predictions if each.ranks > model.experts):
-        _say(
-            console,
-            f"{ranks} ranks for {model.experts} experts: {ranks - model.experts} of them hold none. Plan for the "
-            f"expert-parallel group, of at most {model.experts} ranks; the others hold copies of it.",
-        )
-
-
-def crossing_text(crossing: Crossing) -> str:
-    bytes_from = crossing.ranks_by_bytes or f"more than {MOST_RANKS}"
-    time_from = crossing.ranks_by_time or f"more than {MOST_RANKS}"
-    return (
-        f"Every rank's choices to every rank cost more bytes than counts first from {bytes_from} ranks on, and more "
-        f"time, one collective saved, from {time_from} ranks on."
-    )
+    print_lines(console, _notes(config, predictions, crossing))
 
 
 def write_plan(
@@ -75,8 +42,7 @@ def write_plan(
         "predictions": [asdict(each) for each in predictions],
         "counts_first": asdict(crossing),
     }
-    with replacing(path) as part:
-        part.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    write_json(path, document)
 
 
 def _cells(each: Prediction) -> tuple[str, ...]:
@@ -97,5 +63,32 @@ def _cells(each: Prediction) -> tuple[str, ...]:
     )
 
 
-def _say(console: Console, line: str) -> None:
-    console.print(Text(line), soft_wrap=True)
+def _header(config: PlanConfig) -> str:
+    model, load, cluster = config.model, config.load, config.cluster
+    groups = f", {model.limited_groups} of {model.groups} groups" if model.groups > 1 else ""
+    return (
+        f"{model.top_k} of {model.experts} experts{groups}; {load.tokens_per_rank} tokens of {model.dim} x "
+        f"{model.dtype} per rank; {cluster.ranks_per_node} ranks per node, {cluster.intra_gb_s:g} GB/s inside, "
+        f"{cluster.inter_gb_s:g} GB/s between nodes, {cluster.latency_us:g} us per collective"
+    )
+
+
+def _notes(config: PlanConfig, predictions: Sequence[Prediction], crossing: Crossing) -> Iterator[str]:
+    model = config.model
+    bytes_from = crossing.ranks_by_bytes or f"more than {MOST_RANKS}"
+    time_from = crossing.ranks_by_time or f"more than {MOST_RANKS}"
+    yield (
+        "The plan sends the ids of each rank's tokens to every rank. To send counts first, and ids with the rows, "
+        f"takes fewer bytes from {bytes_from} ranks on, and less time, with one more collective, from {time_from} "
+        "ranks on."
+    )
+    if model.limited_groups < model.groups:
+        yield (
+            "Uniform routing draws a token's groups at random. Zipf routing takes the groups with the best two "
+            "scores; a token then needs more of their experts, and more nodes, also at exponent 0."
+        )
+    for ranks in dict.fromkeys(each.ranks for each in predictions if each.ranks > model.experts):
+        yield (
+            f"{ranks} ranks for {model.experts} experts: {ranks - model.experts} of them hold none. Plan for the "
+            f"expert-parallel group, of at most {model.experts} ranks; the others hold copies of it."
+        )

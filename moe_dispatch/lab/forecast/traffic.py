@@ -2,7 +2,8 @@
 
 Each collective is a *leg*: [source, destination] bytes, as the collective gets them. What stays on a rank is in the
 legs of the plan and of the textbook; our rows that stay are in none.
-``tests/test_planning.py`` compares the legs of counted demands with the collectives of real runs, to the byte.
+``tests/moe_dispatch/lab/forecast/test_traffic.py`` compares the legs of counted demands with the collectives of real
+runs, to the byte.
 """
 
 from dataclasses import dataclass

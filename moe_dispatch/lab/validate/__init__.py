@@ -1,1 +1,1 @@
-"""The main job: a DeepSeek-style model under every combination of parallelism, compared with one process."""
+"""``validate``: train a small model under every kind of parallelism and compare it with one process."""

@@ -6,36 +6,20 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import BoundaryNorm, ListedColormap
-from matplotlib.figure import Figure, SubFigure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.figure import SubFigure
 from matplotlib.ticker import MaxNLocator
 
-from ..desk.files import replacing
+from ..desk.plots import COLORS, INK, new_figure, save, say_empty
 from .results import RowResult
 
-# Okabe and Ito's colours, told apart by colour-blind readers too; ranks beyond them repeat.
-COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999")
 MARKERS = "os^Dv<>P"
 FLOOR = 1e-17  # an exact agreement still has a place on a log axis
-INK = "#333333"
-
-
-def check_plot(path: Path) -> None:
-    """Raise ValueError unless the end of the name is a file type that matplotlib writes."""
-    known = sorted(FigureCanvasAgg.get_supported_filetypes())
-    if path.suffix.removeprefix(".").lower() not in known:
-        raise ValueError(
-            f"{path} is no file type for a plot; its name has to end in one of {', '.join(known)}, "
-            f"e.g. {path.stem}.png"
-        )
 
 
 def write_plot(path: Path, rows: Sequence[RowResult]) -> None:
     """Draw the rows that ran to their end; ``path`` passed :func:`check_plot`."""
-    figure = Figure(figsize=(14, 9.5), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08))
-    FigureCanvasAgg(figure)
+    figure = new_figure(width=14, height=9.5, w_pad=0.12, h_pad=0.08)
     finished = [row for row in rows if not row.error]
     if finished:
         curves, layout = figure.subfigures(2, 1, squeeze=False, height_ratios=(5, 3.6))[:, 0]
@@ -45,9 +29,8 @@ def write_plot(path: Path, rows: Sequence[RowResult]) -> None:
         _draw_tokens(tokens, row)
         _draw_traffic(traffic, row)
     else:
-        figure.text(0.5, 0.5, "no row ran to its end", ha="center", size="x-large", color=INK)
-    with replacing(path) as part:
-        figure.savefig(part, format=path.suffix.removeprefix(".").lower(), dpi=150)
+        say_empty(figure, "no row ran to its end")
+    save(figure, path)
 
 
 def _draw_curves(figure: SubFigure, rows: Sequence[RowResult]) -> None:

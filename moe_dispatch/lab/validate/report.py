@@ -1,76 +1,28 @@
-"""What the user sees of a run: progress while it works, then a table, and the same as JSON."""
+"""What the user sees of a run: a table, and the same as JSON."""
 
-import json
-import math
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-)
-from rich.table import Table
 from rich.text import Text
 
-from ..desk.files import replacing
+from ..desk.console import new_table, print_lines
+from ..desk.output import write_json
 from .config import ValidateConfig
 from .matrix import MatrixRun, MutantsRun
 from .results import QUANTITIES, RowResult
 
-# More than the widest table: rich folds cells at 80 columns in a pipe, and into single letters on a narrow
-# terminal.
-WIDTH = 250
 MESH = "dp sp tp ep"
 VERDICTS = ("agrees", "disagreeing", "could_show", "caught")
 
 
-def output_console() -> Console:
-    """Standard output for :func:`print_matrix` and :func:`print_mutants`."""
-    return Console(width=WIDTH)
-
-
-class ProgressDisplay:
-    """A line per finished row and, on a terminal, a bar below them; a ``Watcher`` and a context manager."""
-
-    def __init__(self, console: Console, total: int | None) -> None:
-        columns = (SpinnerColumn(), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        self._progress = Progress(
-            *columns,
-            TextColumn("{task.description}", markup=False),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
-        self._task = self._progress.add_task("", total=total)
-
-    def started(self, what: str) -> None:
-        self._progress.update(self._task, description=what)
-
-    def finished(self, what: str, outcome: str) -> None:
-        self._progress.console.print(Text(f"{what}  {outcome}"), soft_wrap=True)
-        self._progress.advance(self._task)
-
-    def __enter__(self) -> Self:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-
 def print_matrix(console: Console, run: MatrixRun) -> None:
     """The table of a run, then one line for each quantity that differs and each row that broke off."""
-    table = _table("row", MESH, "B x L", "dtype", "logits", "loss", "gradients", "loss curve", "verdict", "s")
+    table = new_table("row", MESH, "B x L", "dtype", "logits", "loss", "gradients", "loss curve", "verdict", "s")
     for reference in run.references:
         shape = f"{reference.shape[0]} x {reference.shape[1]}"
         unmeasured = [""] * len(QUANTITIES)
@@ -79,12 +31,12 @@ def print_matrix(console: Console, run: MatrixRun) -> None:
     for row in run.rows:
         table.add_row(*_cells(row))
     console.print(table)
-    _print_text(console, _disagreements(run.rows))
+    print_lines(console, _disagreements(run.rows))
 
 
 def print_mutants(console: Console, run: MutantsRun) -> None:
     """The table of all mutants: which quantity caught each, in which row."""
-    table = _table("mutant", "what it does", "row", "caught by", "verdict")
+    table = new_table("mutant", "what it does", "row", "caught by", "verdict")
     for row in run.controls:
         table.add_row("(none)", "control: has to agree", Text(row.name), "", _verdict(row))
     table.add_section()
@@ -99,10 +51,10 @@ def print_mutants(console: Console, run: MutantsRun) -> None:
         table.add_row(Text(mutant.name), Text(mutant.description), Text(row), by, verdict)
     console.print(table)
     broken = [row for mutant in run.mutants if not mutant.caught for row in mutant.rows if row.error]
-    _print_text(console, _disagreements([*run.controls, *broken]))
+    print_lines(console, _disagreements([*run.controls, *broken]))
 
 
-def write_json(path: Path, config: ValidateConfig, run: MatrixRun | MutantsRun) -> None:
+def write_run(path: Path, config: ValidateConfig, run: MatrixRun | MutantsRun) -> None:
     """All of a run: config, versions, and every number of every row; a NaN or infinity is null."""
     document = {
         "passed": run.agrees if isinstance(run, MatrixRun) else run.all_caught,
@@ -111,15 +63,7 @@ def write_json(path: Path, config: ValidateConfig, run: MatrixRun | MutantsRun) 
         "config": asdict(config),
         **{key: _plain(value) for key, value in _fields(run).items()},
     }
-    with replacing(path) as part:
-        part.write_text(json.dumps(_finite(document), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def _table(*columns: str) -> Table:
-    table = Table(header_style="bold", box=SIMPLE_HEAD, pad_edge=False)
-    for column in columns:
-        table.add_column(column)
-    return table
+    write_json(path, document)
 
 
 def _cells(row: RowResult) -> Iterator[str | Text]:
@@ -162,11 +106,6 @@ def _disagreements(rows: Sequence[RowResult]) -> Iterator[str]:
                 )
 
 
-def _print_text(console: Console, lines: Iterator[str]) -> None:
-    for line in lines:
-        console.print(Text(line), soft_wrap=True)
-
-
 def _fields(value: Any) -> dict[str, Any]:
     """A result as a dict, with the verdict that its numbers imply."""
     fields = {name: getattr(value, name) for name in type(value).__dataclass_fields__}
@@ -178,11 +117,3 @@ def _plain(value: Any) -> Any:
     if is_dataclass(value):
         return {name: _plain(inner) for name, inner in _fields(value).items()}
     return [_plain(inner) for inner in value] if isinstance(value, tuple) else value
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -11,15 +11,18 @@ from torch import Tensor, nn
 
 from sp_attention import mean_cross_entropy
 
-from ...layer.balance import sequence_balance_loss
-from ...layer.experts import GroupedExperts
-from ...layer.moe import MoE
-from ...layer.router import TopKRouter
-from ...layout.mesh import ParallelMesh, build_mesh
-from ...layout.sharding import TokenSharding
-from ...plan.counted import plan_dispatch
+from ... import (
+    GroupedExperts,
+    MoE,
+    ParallelMesh,
+    TokenSharding,
+    TopKRouter,
+    build_mesh,
+    gather_tokens,
+    plan_dispatch,
+    sequence_balance_loss,
+)
 from ...reference import ReferenceMoE, reference_balance_loss
-from ...wire.regions import gather_tokens
 from .compare import compare
 from .config import RowConfig, ValidateConfig
 from .debug_model.layout import OneProcess, OnMesh, everyone

@@ -1,0 +1,1 @@
+"""What ``bench`` times: this library, the usual implementations, and the floors below both."""

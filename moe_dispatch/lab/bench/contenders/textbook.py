@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..workload import DispatchWorkload, NotApplicable, UlyssesWorkload, add_heads
+from ..workload import DispatchWorkload, UlyssesWorkload, add_heads
+from .protocol import NotApplicable
 
 
 class TextbookDispatch:

@@ -1,0 +1,1 @@
+"""The model that ``validate`` trains, in one process and on a mesh."""

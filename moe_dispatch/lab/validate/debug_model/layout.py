@@ -19,10 +19,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 from sp_attention import Batch, ShardedBatch, shard_batch, shift_labels, ulysses_attention
 from sp_attention.reference import reference_attention
 
-from ....layout.mesh import ParallelMesh
-from ....layout.partition import Partition
-from ....layout.sharding import TokenSharding
-from ....wire.regions import gather_tokens, place_tokens
+from .... import ParallelMesh, Partition, TokenSharding, gather_tokens, place_tokens
 from .packing import Packing
 
 

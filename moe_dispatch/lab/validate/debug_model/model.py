@@ -11,8 +11,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from ....layer.experts import SwiGLU
-from ....layer.router import TopKRouter
+from .... import SwiGLU, TopKRouter
 from ..config import ModelConfig
 from .layout import Layout
 

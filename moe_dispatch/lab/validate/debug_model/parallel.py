@@ -29,11 +29,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from ....layer.experts import GroupedExperts
-from ....layer.moe import MoE
-from ....layer.router import TopKRouter
-from ....layout.mesh import ParallelMesh
-from ....layout.partition import Partition
+from .... import GroupedExperts, MoE, ParallelMesh, Partition, TopKRouter
 from ..config import ModelConfig
 from .model import Block, DebugModel, DenseFeedForward, SparseFeedForward
 

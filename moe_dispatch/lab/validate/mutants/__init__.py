@@ -1,0 +1,1 @@
+"""Known bugs, put in on purpose to show that the comparison finds them."""

@@ -13,14 +13,10 @@ from torch import Tensor
 from sp_attention import Batch, MeanLoss, ShardedBatch
 from sp_attention.call.inputs import AttentionInputs
 
-from ....layer.experts import GroupedExperts
-from ....layer.moe import MoE
-from ....layer.router import TopKRouter
-from ....layout.sharding import TokenSharding
+from .... import GroupedExperts, MoE, TokenSharding, TopKRouter, gather_tokens, place_tokens
 from ....plan.planner import Plan
 from ....plan.terms import Terms
 from ....wire.agreement import Statement
-from ....wire.regions import gather_tokens, place_tokens
 
 Right = Callable[..., Any]
 Wrong = Callable[..., Any]

@@ -1,33 +1,10 @@
-"""What is timed, and how it is named: the protocol that a dispatcher of your own implements too."""
+"""The contenders of a workload by name: ours, the textbook's, and a class of the user's."""
 
 import importlib
-from typing import Any, Protocol
-
-import torch.distributed as dist
-from torch import Tensor
 
 from .ours import OurDispatch, OurDispatchWeighedByExperts, OurUlysses
+from .protocol import Contender
 from .textbook import TextbookDispatch, TextbookUlysses
-
-
-class Contender(Protocol):
-    """One implementation, made once per workload and called many times. ``kind`` says which workloads it does:
-    "dispatch" (also where the attribute is missing) or "ulysses".
-
-    ``forward`` is differentiable and may communicate over ``group`` only. In a "dispatch" workload it gets
-    ``x_tD`` (t, D), ``expert_tK`` (t, K) int64 and ``weight_tK`` (t, K) float32, and returns ``y_tD``: every row
-    sent to its experts, which are the identity, and the weighted sum of what they give. In a "ulysses" workload it
-    gets ``q_BlNH``, ``k_BlGH`` and ``v_BlGH`` and returns ``out_BlNH``, where attention is ``q + (k + v)``.
-
-    ``experts_keep``, where there is such an attribute, are tensors that the experts of the last forward keep for
-    their own backward: they are not counted as kept.
-    """
-
-    def __init__(self, workload: Any, group: dist.ProcessGroup) -> None:
-        """``workload`` is a DispatchWorkload or a UlyssesWorkload. Raise NotApplicable for one it cannot do."""
-        ...
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor: ...
 
 
 def contenders_of(kind: str, adapter: str) -> dict[str, type[Contender]]:
@@ -66,7 +43,8 @@ def find_adapter(name: str) -> type[Contender]:
     if not isinstance(adapted, type) or not callable(getattr(adapted, "forward", None)):
         fact = "does not exist" if adapted is None else "is no class with a method forward"
         raise ValueError(
-            f"adapter {name!r}: {class_name} {fact}; see Contender in lab/bench/contenders for what it needs"
+            f"adapter {name!r}: {class_name} {fact}; see Contender in lab/bench/contenders/protocol.py for what it "
+            "needs"
         )
     kind = getattr(adapted, "kind", "dispatch")
     if kind not in ("dispatch", "ulysses"):

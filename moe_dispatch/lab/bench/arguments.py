@@ -1,0 +1,43 @@
+"""The arguments of ``bench``."""
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from ..desk.options import add_config, add_json, add_plot, add_timeout, count
+
+if TYPE_CHECKING:
+    from .command import Job
+
+DESCRIPTION = (
+    "Time this library, the usual implementations and the bare collectives in turns on CPU ranks that the command "
+    "starts, and count what each sends, waits for and keeps. Exit status: 0 if every workload ran and every "
+    "contender gave right results, 1 if not, 2 for wrong input."
+)
+
+
+def add_bench(commands: Any) -> None:
+    """Add the command to ``commands``, the subparsers of argparse."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "bench", help="time dispatch and attention exchanges against their floors", description=DESCRIPTION
+    )
+    add_config(parser, default="bench", example="bench_tiny")
+    parser.add_argument("--workloads", metavar="NAME", nargs="+", help="run only these workloads of the config")
+    parser.add_argument(
+        "--adapter",
+        metavar="PACKAGE.MODULE:NAME",
+        help="time this class too; moe_dispatch/lab/bench/contenders/protocol.py says what it needs",
+    )
+    parser.add_argument(
+        "--repeat", metavar="N", type=count, default=7, help="repetitions of each contender (default: %(default)s)"
+    )
+    add_json(parser)
+    add_plot(parser, shows="times as multiples of the floor's")
+    parser.add_argument("--profile", action="store_true", help="print what each contender spends its time on")
+    add_timeout(parser, limits="for each workload")
+    parser.set_defaults(prepare=_prepare)
+
+
+def _prepare(arguments: argparse.Namespace) -> "Job":
+    from .command import prepare  # needs the extra "cli"
+
+    return prepare(arguments)

@@ -1,0 +1,32 @@
+"""What a contender is: the protocol that a dispatcher of your own implements to be timed beside this library."""
+
+from typing import Any, Protocol
+
+import torch.distributed as dist
+from torch import Tensor
+
+
+class NotApplicable(ValueError):
+    """A contender cannot do this workload; the text says why. Raised on every rank alike, before any collective."""
+
+
+class Contender(Protocol):
+    """One implementation, made once per workload and called many times.
+
+    ``kind``, an attribute of the class, says which workloads it does: "dispatch" or "ulysses". It is "dispatch" where
+    the attribute is missing.
+
+    ``forward`` is differentiable and may communicate over ``group`` only. In a "dispatch" workload it gets
+    ``x_tD`` (t, D), ``expert_tK`` (t, K) int64 and ``weight_tK`` (t, K) float32, and returns ``y_tD``: every row
+    sent to its experts, which are the identity, and the weighted sum of what they give. In a "ulysses" workload it
+    gets ``q_BlNH``, ``k_BlGH`` and ``v_BlGH`` and returns ``out_BlNH``, where attention is ``q + (k + v)``.
+
+    ``experts_keep``, where there is such an attribute, are tensors that the experts of the last forward keep for
+    their own backward: they are not counted as kept.
+    """
+
+    def __init__(self, workload: Any, group: dist.ProcessGroup) -> None:
+        """``workload`` is a DispatchWorkload or a UlyssesWorkload. Raise NotApplicable for one it cannot do."""
+        ...
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor: ...

@@ -1,0 +1,48 @@
+"""The arguments of ``plan``."""
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from ..desk.options import add_config, add_json, count
+
+if TYPE_CHECKING:
+    from .command import Job
+
+DESCRIPTION = (
+    "Predict what one MoE layer sends: with a row for each choice, with a row for each rank that a token needs, and "
+    "with a row for each node and then for each rank, under uniform and Zipf routing. Nothing is run. "
+    "Exit status: 0, or 2 for wrong input."
+)
+
+
+def add_plan(commands: Any) -> None:
+    """Add the command to ``commands``, the subparsers of argparse."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "plan", help="predict rows, bytes, time and memory of a layer on a cluster", description=DESCRIPTION
+    )
+    add_config(parser, metavar="MODEL", default="deepseek_v3", example="mixtral_8x7b")
+    parser.add_argument(
+        "--nodes",
+        metavar="N",
+        type=count,
+        nargs="+",
+        help="number of nodes; several give a table with a part for each",
+    )
+    parser.add_argument("--ranks-per-node", metavar="R", type=count, help="ranks on each node")
+    parser.add_argument(
+        "--intra-gb-s", metavar="X", type=float, help="GB/s of a rank to ranks of its node, in each direction"
+    )
+    parser.add_argument(
+        "--inter-gb-s", metavar="Y", type=float, help="GB/s of a rank to other nodes, in each direction"
+    )
+    parser.add_argument("--latency-us", metavar="US", type=float, help="least microseconds of a collective")
+    parser.add_argument("--tokens", metavar="T", type=count, help="tokens on each rank")
+    parser.add_argument("--zipf", metavar="S", type=float, help="exponent of Zipf's law among experts")
+    add_json(parser)
+    parser.set_defaults(prepare=_prepare, plot=None)
+
+
+def _prepare(arguments: argparse.Namespace) -> "Job":
+    from .command import prepare  # needs the extra "cli"
+
+    return prepare(arguments)

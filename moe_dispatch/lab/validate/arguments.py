@@ -1,0 +1,44 @@
+"""The arguments of ``validate``."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..desk.options import add_config, add_json, add_plot, add_timeout
+
+if TYPE_CHECKING:
+    from .command import Job
+
+DESCRIPTION = (
+    "Train a small DeepSeek-style model on real text under every row of a matrix of data, sequence, tensor and "
+    "expert parallelism, and compare logits, loss, gradients and the loss curve with one process. The command starts "
+    "its own ranks, or joins those of torchrun or srun. Exit status: 0 if every row agrees (with --mutants: if every "
+    "mutant was caught), 1 if not, 2 for wrong input."
+)
+
+
+def add_validate(commands: Any) -> None:
+    """Add the command to ``commands``, the subparsers of argparse."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "validate", help="compare a model under every parallelism with one process", description=DESCRIPTION
+    )
+    add_config(parser, default="deepseek_v3_debug", example="tiny")
+    parser.add_argument(
+        "--text", metavar="FILE", type=Path, help="train on this file (default: Python's own help texts)"
+    )
+    add_json(parser)
+    add_plot(parser, shows="losses, the rank of each token and the rows sent")
+    parser.add_argument("--rows", metavar="NAME", nargs="+", help="run only these rows of the config")
+    add_timeout(parser, limits="for each row on ranks that the command started")
+    mutants = parser.add_mutually_exclusive_group()
+    mutants.add_argument("--mutant", metavar="NAME", help="run with this known bug; the run has to fail")
+    mutants.add_argument(
+        "--mutants", action="store_true", help="run with each known bug, and print what catches it in which row"
+    )
+    parser.set_defaults(prepare=_prepare)
+
+
+def _prepare(arguments: argparse.Namespace) -> "Job":
+    from .command import prepare  # needs the extra "cli"
+
+    return prepare(arguments)

@@ -1,0 +1,44 @@
+"""Every known bug is caught, and leaves nothing behind."""
+
+import pytest
+import torch
+
+from moe_dispatch import Partition, TokenSharding
+from moe_dispatch.lab.validate.matrix import run_mutants
+from moe_dispatch.lab.validate.mutants.mutants import MUTANTS, mutated
+from moe_dispatch.lab.validate.text import default_text
+from moe_dispatch.testing import RankPool
+from tests.support.small_matrix import PACKED, PoolRanks, QuietWatcher, row, small_config
+
+
+def test_every_mutant_is_caught(rank_pool: RankPool) -> None:
+    rows = (
+        row("dp2 tp2 ep4", dp=2, tp=2, ep=4),
+        row("dp2 sp2 ep4", dp=2, sp=2, ep=4),
+        row("dp2 sp2 ep4, packed", dp=2, sp=2, ep=4, **PACKED),
+        row("sp4 ep4, window", sp=4, ep=4, window=6),
+    )
+    config = small_config(*rows)
+    found = run_mutants(
+        config, rows, default_text(), mutants=MUTANTS, ranks=PoolRanks(rank_pool, 4), watcher=QuietWatcher()
+    )
+    assert all(control.agrees for control in found.controls)
+    quantities = {run.name: set(run.rows[-1].disagreeing) for run in found.mutants}
+    assert set(quantities) == set(MUTANTS)
+    assert [run.name for run in found.mutants if not run.caught] == []
+    assert "gradients" in quantities["gradients-averaged"]
+    assert "logits" not in quantities["gradients-averaged"]
+    assert quantities["stale-plan"] == {"loss curve"}
+    assert "logits" in quantities["positions-from-zero"] & quantities["exchange-transposed"]
+
+
+def test_a_mutant_leaves_nothing_behind() -> None:
+    sharding = TokenSharding(batch=2, seq=Partition((2, 1)))
+    with mutated("offset-without-batch"):
+        assert sharding.global_token(torch.arange(2), 1).tolist() == [2, 3]
+    assert sharding.global_token(torch.arange(2), 1).tolist() == [2, 5]
+    with (
+        pytest.raises(ValueError, match="there is no mutant 'nope'; the mutants are offset-without-batch, "),
+        mutated("nope"),
+    ):
+        pass

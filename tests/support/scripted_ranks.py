@@ -1,0 +1,51 @@
+"""Ranks that run nothing: a script says what each row of `validate` finds."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from moe_dispatch.lab.validate.config import RowConfig, ValidateConfig
+from moe_dispatch.lab.validate.results import RowResult
+from moe_dispatch.testing import RankError
+from tests.support.made_up_results import AGREEING, differing
+
+
+@dataclass
+class Script:
+    """Stands in for the ranks: what each row finds, and what was asked of it."""
+
+    results: dict[tuple[str, str], str] = field(default_factory=dict)  # (row, mutant) -> quantity, or "raise"
+    calls: list[tuple[str, str, str]] = field(default_factory=list)  # (row, dtype, mutant)
+    references: list[tuple[int, int, str]] = field(default_factory=list)
+    launches: set[tuple[int, float]] = field(default_factory=set)  # (ranks, timeout)
+
+    def run_reference(self, config: ValidateConfig, row: RowConfig, dtype: str, text: bytes) -> str:
+        self.references.append((row.batch, row.seq, dtype))
+        return f"reference {row.batch} {row.seq} {dtype}"
+
+    def run_row(
+        self, config: ValidateConfig, row: RowConfig, dtype: str, text: bytes, reference: str, mutant: str
+    ) -> RowResult:
+        assert reference == f"reference {row.batch} {row.seq} {dtype}"
+        self.calls.append((row.name, dtype, mutant))
+        result = replace(AGREEING, name=row.name, dtype=dtype, mesh=row.mesh, shape=(row.batch, row.seq))
+        found = self.results.get((row.name, mutant), "")
+        if found == "raise":
+            raise RankError("rank 1 raised\nsomething")
+        return differing(result, found, 0.5) if found else result
+
+
+@dataclass
+class PoolInProcess:
+    """A RankPool without ranks."""
+
+    script: Script
+
+    def __enter__(self) -> "PoolInProcess":
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def run(self, fn: Callable[..., Any], ranks: int, *args: Any, timeout: float) -> list[Any]:
+        self.script.launches.add((ranks, timeout))
+        return [fn(*args)] * ranks

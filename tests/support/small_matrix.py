@@ -1,0 +1,47 @@
+"""Small rows of `validate`, for runs on the living ranks of the session."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Self, TypeVar
+
+from moe_dispatch.lab.validate.config import RowConfig, ValidateConfig, load_config
+from moe_dispatch.testing import RankPool
+from tests.support.configs import CONFIGS
+
+T = TypeVar("T")
+PACKED = {"batch": 1, "seq": 17, "documents": ((5, 6), (1, 1), (0, 2), (6, 8))}
+
+
+class QuietWatcher:
+    def started(self, what: str) -> None:
+        pass
+
+    def finished(self, what: str, outcome: str) -> None:
+        pass
+
+
+class PoolRanks:
+    """The session's living ranks as ``validate`` wants them."""
+
+    is_main = True
+
+    def __init__(self, pool: RankPool, size: int) -> None:
+        self.pool, self.size = pool, size
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def run(self, fn: Callable[..., T], *args: Any) -> T:
+        return self.pool.run(fn, self.size, *args, timeout=120)[0]
+
+
+def row(name: str, **values) -> RowConfig:
+    return RowConfig(**{"name": name, "batch": 3, "seq": 17, "heads": 2, **values})
+
+
+def small_config(*rows: RowConfig, dtypes: tuple[str, ...] = ("float64",)) -> ValidateConfig:
+    config = load_config(CONFIGS / "validate" / "tiny.toml")
+    return replace(config, ranks=4, rows=rows, dtypes=dtypes)
