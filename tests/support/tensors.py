@@ -35,3 +35,9 @@ def difference(got: Tensor, wanted: Tensor) -> float:
 
 def same_bits(got: Tensor, wanted: Tensor) -> bool:
     return got.dtype == wanted.dtype and torch.equal(got, wanted)
+
+
+def scattered(total: int, ranks: int) -> tuple[int, ...]:
+    """Sizes of ``total`` things, fewer than 16 or 64 ranks: one each, on ranks that are 7 apart."""
+    owners = {7 * i % ranks for i in range(total)}
+    return tuple(int(rank in owners) for rank in range(ranks))

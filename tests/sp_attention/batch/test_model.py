@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_dispatch import Partition, TokenSharding
-from moe_dispatch.testing import RankPool
+from moe_dispatch.testing import RankThreads
 from sp_attention import Batch, mean_cross_entropy, mean_loss, shard_batch, shift_labels, ulysses_attention
 from sp_attention.reference import reference_attention
 from tests.support.attention.batches import NONE, Order
 from tests.support.ranks import world
+from tests.support.tensors import scattered
 
 VOCAB, WIDTH, HEADS, GROUPS = 11, 12, 3, 1
 
@@ -224,11 +225,9 @@ def of_one(case: Case) -> tuple[float, dict[str, Tensor]]:
 # ---- what the tests ask --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_loss_and_gradients_are_those_of_one_process(case: Case, rank_pool: RankPool) -> None:
-    """Invariant 5: every parameter has a gradient, and their sum is that of one process, with unequal numbers of
-    targets and with none on a rank (B6, B10, B21)."""
-    shares, wholes, grads = zip(*rank_pool.run(of_ranks, len(case.seq), case), strict=True)
+def check(threads: RankThreads, case: Case) -> None:
+    """Every parameter has a gradient, and their sum is that of one process."""
+    shares, wholes, grads = zip(*threads.run(of_ranks, len(case.seq), case), strict=True)
     loss, grad_of = of_one(case)
     assert sum(shares) == pytest.approx(loss, rel=1e-12, abs=1e-15)
     assert list(wholes) == [pytest.approx(loss, rel=1e-12, abs=1e-15)] * len(case.seq)
@@ -240,3 +239,22 @@ def test_loss_and_gradients_are_those_of_one_process(case: Case, rank_pool: Rank
     if case.targets != "none":
         assert loss > 0.1
         assert all(bool((grad != 0).any()) for name, grad in grad_of.items())
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_loss_and_gradients_are_those_of_one_process(case: Case, rank_threads: RankThreads) -> None:
+    """Invariant 5, with unequal numbers of targets and with none on a rank (B6, B10, B21)."""
+    check(rank_threads, case)
+
+
+MANY: dict[str, Callable[[int], Case]] = {
+    "fewer tokens than ranks": lambda ranks: Case(seq=scattered(7, ranks)),
+    "one target": lambda ranks: Case(seq=scattered(9, ranks), targets="one", order="LB"),
+    "all on one rank": lambda ranks: Case(seq=(*(0,) * (ranks - 1), 6), kind="left", targets="unequal"),
+    "documents": lambda ranks: Case(seq=scattered(15, ranks), batch=1, kind="padded", axes=3, chunk=1),
+}
+
+
+@pytest.mark.parametrize(("ranks", "name"), [*((16, name) for name in MANY), (64, "one target"), (64, "documents")])
+def test_many_ranks(rank_threads: RankThreads, ranks: int, name: str) -> None:
+    check(rank_threads, MANY[name](ranks))

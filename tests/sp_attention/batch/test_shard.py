@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from moe_dispatch.testing import RankPool
+from moe_dispatch.testing import RankThreads
 from sp_attention import Batch, shift_labels
 from sp_attention.batch.shard import cut
 from tests.support.attention.batches import (
@@ -23,14 +23,16 @@ from tests.support.attention.batches import (
     tokens,
     whole_of,
 )
+from tests.support.tensors import scattered
 
 CUTS = [((6,), 2), ((3, 3), 2), ((3, 0, 4), 3), ((1, 5, 1), 2), ((0, 1), 3), ((0, 0), 2), ((2, 1, 0, 4), 1)]
+CUTS += [(scattered(5, 16), 2), (scattered(9, 64), 3)]
 
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize(("seq", "rows"), CUTS)
 def test_everything_about_a_token_goes_with_it(
-    seq: tuple[int, ...], rows: int, order: Order, rank_pool: RankPool
+    seq: tuple[int, ...], rows: int, order: Order, rank_threads: RankThreads
 ) -> None:
     length = sum(seq)
     token_BL = tokens(rows, length)
@@ -43,7 +45,7 @@ def test_everything_about_a_token_goes_with_it(
         attention_mask=(token_BL % 5 < 4).long(),
     )
     sharding = sharding_of(rows, seq, order)
-    parts = rank_pool.run(sharded, len(seq), batch, sharding)
+    parts = rank_threads.run(sharded, len(seq), batch, sharding)
     for rank, part in enumerate(parts):
         shape = sharding.local_shape(rank)
         assert part.token_Bl.shape == part.target_Bl.shape == part.real_Bl.shape == shape
@@ -67,9 +69,9 @@ def test_one_rank_alone_knows_which_rows_it_holds() -> None:
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_default_positions_are_places_in_the_sequence(order: Order, rank_pool: RankPool) -> None:
+def test_default_positions_are_places_in_the_sequence(order: Order, rank_threads: RankThreads) -> None:
     sharding = sharding_of(2, (3, 0, 4), order)
-    parts = rank_pool.run(sharded, 3, Batch(token_BL=tokens(2, 7)), sharding)
+    parts = rank_threads.run(sharded, 3, Batch(token_BL=tokens(2, 7)), sharding)
     position_BL = whole_of([part.position_Bl for part in parts], sharding)
     assert torch.equal(position_BL, torch.arange(7).expand(2, 7))
     target_BL = whole_of([part.target_Bl for part in parts], sharding)
@@ -79,13 +81,13 @@ def test_default_positions_are_places_in_the_sequence(order: Order, rank_pool: R
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_default_positions_restart_in_each_document(order: Order, rank_pool: RankPool) -> None:
+def test_default_positions_restart_in_each_document(order: Order, rank_threads: RankThreads) -> None:
     sharding = sharding_of(1, (4, 6), order)
     documents: dict[str, Any] = {
         "cu_seqlens": torch.tensor([0, 3, 5, 6]),
         "cu_seqlens_padded": torch.tensor([0, 4, 7, 9]),
     }
-    parts = rank_pool.run(sharded, 2, Batch(token_BL=tokens(1, 10), **documents), sharding)
+    parts = rank_threads.run(sharded, 2, Batch(token_BL=tokens(1, 10), **documents), sharding)
     position_BL = whole_of([part.position_Bl for part in parts], sharding)
     assert position_BL.tolist() == [[0, 1, 2, 0, 0, 1, 0, 0, 0, 0]]
     real_BL = whole_of([part.real_Bl for part in parts], sharding)
@@ -98,13 +100,13 @@ def test_default_positions_restart_in_each_document(order: Order, rank_pool: Ran
         }
 
 
-def test_masks_stay_whole_and_come_as_arguments(rank_pool: RankPool) -> None:
+def test_masks_stay_whole_and_come_as_arguments(rank_threads: RankThreads) -> None:
     sharding = sharding_of(3, (1, 3))
     for mask, name, wanted in (
         (REAL_BL.int(), "key_padding_mask", REAL_BL),
         (added(pairs()), "attn_mask", added(pairs())),
     ):
-        for part in rank_pool.run(sharded, 2, Batch(token_BL=tokens(3, 4), attention_mask=mask), sharding):
+        for part in rank_threads.run(sharded, 2, Batch(token_BL=tokens(3, 4), attention_mask=mask), sharding):
             assert set(part.attention) == {"sharding", name}
             assert torch.equal(part.attention[name], wanted)
 

@@ -1,6 +1,5 @@
 """flex_attend over ranks: heads are global, and what it cannot honour is refused."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,28 +11,24 @@ from moe_dispatch.testing import RankPool
 from sp_attention import flex_attend, ulysses_attention
 from sp_attention.reference import reference_attention
 from tests.support.attention.flex import PADDING_BL, slope, tensors
-from tests.support.ranks import world
+from tests.support.ranks import refusal, world
 
 # It says that the uncompiled function is slow: that is the point here.
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
 SEQ, HEADS = (3, 0, 4), (5, 5)
 
 
-def over_ranks(rank: int, options: dict[str, Any], attend: Callable[..., Tensor] | None) -> list[Tensor]:
+def over_ranks(rank: int, options: dict[str, Any]) -> list[Tensor]:
     """The output and gradients of this rank, with the slopes of global heads."""
     sharding = TokenSharding(batch=2, seq=Partition(SEQ))
     inputs = [sharding.shard(x, rank).clone().requires_grad_() for x in tensors(7, 7, heads=HEADS)]
-    attend = attend or flex_attend(score_mod=slope)
+    attend = flex_attend(score_mod=slope)
     out = ulysses_attention(*inputs, sharding=sharding, group=world(), attend=attend, **options)
     return [out.detach(), *torch.autograd.grad(out.square().sum(), inputs)]
 
 
 def refused(rank: int, options: dict[str, Any]) -> str:
-    try:
-        over_ranks(rank, options, None)
-    except ValueError as error:
-        return str(error)
-    return "no error"
+    return refusal(lambda: over_ranks(rank, options))
 
 
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"window": (2, 1), "key_padding_mask": PADDING_BL}])
@@ -42,7 +37,7 @@ def test_heads_are_global_over_ranks(options: dict[str, Any], rank_pool: RankPoo
     bias = torch.arange(5).view(5, 1, 1) * (torch.arange(7) - torch.arange(7)[:, None]) * 0.1
     out = reference_attention(*inputs, attn_mask=bias[None].double(), **options)
     wanted = [out.detach(), *torch.autograd.grad(out.square().sum(), inputs)]
-    parts = rank_pool.run(over_ranks, 3, options, None)
+    parts = rank_pool.run(over_ranks, 3, options)
     for got, whole in zip(zip(*parts, strict=True), wanted, strict=True):
         torch.testing.assert_close(torch.cat(got, dim=1), whole, rtol=0, atol=1e-5)  # head * 0.1 is float32
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_dispatch.testing import RankPool
+from moe_dispatch.testing import RankThreads
 from sp_attention import scaled_dot_product
 from tests.support.attention.case import Attend, Case, Options, named_case
 from tests.support.attention.drawn import BATCH_OF_CASES, cases_of_every_size, cases_of_ranks
@@ -68,37 +68,39 @@ def equal_in_bits(rank: int, batch: list[Case], dtype: torch.dtype) -> list[str]
 # ---- what the tests ask --------------------------------------------------------------------------------
 
 
-def in_bits(pool: RankPool, ranks: int, batch: list[Case], dtype: torch.dtype, timeout: float = 60) -> list[str]:
-    results = pool.run(equal_in_bits, ranks, batch, dtype, timeout=timeout)
+def in_bits(
+    threads: RankThreads, ranks: int, batch: list[Case], dtype: torch.dtype, timeout: float = 60
+) -> list[str]:
+    results = threads.run(equal_in_bits, ranks, batch, dtype, timeout=timeout)
     return [f"rank {rank}: {failure}" for rank, failures in enumerate(results) for failure in failures]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("ranks", [2, 3, 4])
-def test_bit_equal_to_one_process(rank_pool: RankPool, ranks: int, dtype: torch.dtype) -> None:
+def test_bit_equal_to_one_process(rank_threads: RankThreads, ranks: int, dtype: torch.dtype) -> None:
     """Invariant 2, where no two ranks share a key/value head, so that nothing is added up in another order: at small,
     odd widths, and at one that models have."""
     batch = [case for case in cases_of_ranks(ranks, BATCH_OF_CASES) if not case.shares_a_kv_head][::2]
     batch += [replace(case, widths=(64, 32)) for case in batch[::8]]
     assert len({case.kind for case in batch}) > 0.9 * len(KINDS)
-    assert in_bits(rank_pool, ranks, batch, dtype) == []
+    assert in_bits(rank_threads, ranks, batch, dtype) == []
 
 
 @pytest.mark.parametrize("kind", ["cross", "cross bool", "cross sinks"])
-def test_bit_equal_where_one_head_meets_one_key(rank_pool: RankPool, kind: str) -> None:
+def test_bit_equal_where_one_head_meets_one_key(rank_threads: RankThreads, kind: str) -> None:
     """A product with one column takes another kernel for one head than for several."""
     batch = [
         named_case(2, kind, seq, batch=1, num_heads=(3, 3), widths=widths, kv_seq=(1, 0))
         for seq in ((34, 33), (9, 7))
         for widths in ((6, 6), (64, 64))
     ]
-    assert in_bits(rank_pool, 2, batch, torch.float32) == []
+    assert in_bits(rank_threads, 2, batch, torch.float32) == []
 
 
 @pytest.mark.sweep
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
-def test_bit_equal_for_every_length_and_head_count(rank_pool: RankPool, ranks: int, kind: str) -> None:
+def test_bit_equal_for_every_length_and_head_count(rank_threads: RankThreads, ranks: int, kind: str) -> None:
     batch = [case for case in cases_of_every_size(ranks, kind) if not case.shares_a_kv_head]
     for dtype in (torch.float32, torch.bfloat16):
-        assert in_bits(rank_pool, ranks, batch, dtype, timeout=600) == []
+        assert in_bits(rank_threads, ranks, batch, dtype, timeout=600) == []

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from moe_dispatch import Partition, TokenSharding
-from moe_dispatch.testing import RankPool
+from moe_dispatch.testing import RankPool, RankThreads
 from sp_attention import UlyssesAttention, ulysses_attention
 from sp_attention.reference import reference_attention
 from tests.support.attention.wrong_calls import right_call
@@ -73,10 +73,10 @@ def patterns_of_calls(rank: int) -> tuple[bool, bool, bool]:
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5])
-def test_dropout_is_the_same_for_any_number_of_ranks(rank_pool: RankPool, p: float) -> None:
+def test_dropout_is_the_same_for_any_number_of_ranks(rank_threads: RankThreads, p: float) -> None:
     whole: list[list[Tensor]] = []
     for seq in [(12,), (5, 7), (4, 0, 8), (1, 5, 2, 4)]:
-        results = rank_pool.run(dropped_everywhere, len(seq), seq, p)
+        results = rank_threads.run(dropped_everywhere, len(seq), seq, p)
         whole.append([torch.cat(parts, dim=1) for parts in zip(*results, strict=True)])
     for plain, packed in whole[1:]:
         assert torch.equal(plain, whole[0][0])
@@ -94,8 +94,8 @@ def test_dropout_is_the_same_for_any_number_of_ranks(rank_pool: RankPool, p: flo
 
 
 @pytest.mark.parametrize("seq", [(12,), (5, 7), (4, 0, 8)])
-def test_gradients_through_dropout(rank_pool: RankPool, seq: tuple[int, ...]) -> None:
-    results = rank_pool.run(dropped_gradients, len(seq), seq)
+def test_gradients_through_dropout(rank_threads: RankThreads, seq: tuple[int, ...]) -> None:
+    results = rank_threads.run(dropped_gradients, len(seq), seq)
     got = [torch.cat(parts, dim=1) for parts in zip(*(tensors for tensors, _ in results), strict=True)]
     keep_BNLL = torch.cat([pattern for _, pattern in results], dim=1).transpose(1, 2) > 0
     leaves = [leaf(x) for x in dropout_tensors()[:3]]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from moe_dispatch import Partition, TokenSharding
-from moe_dispatch.testing import RankPool
+from moe_dispatch.testing import RankThreads
 from sp_attention import UlyssesAttention, ulysses_attention
 from tests.support.attention.case import Case, Options, named_case
 from tests.support.attention.whole import Whole, shares_of, whole_answer
@@ -91,11 +91,11 @@ def module_equals_function(rank: int) -> list[str]:
 
 
 @pytest.mark.parametrize("order", ["BL", "LB"])
-def test_attend_is_the_users_own(rank_pool: RankPool, order: Order) -> None:
+def test_attend_is_the_users_own(rank_threads: RankThreads, order: Order) -> None:
     case = named_case(3, "none", (4, 0, 3), num_heads=(6, 2), order=order, scale=0.7)
-    assert rank_pool.run(own_attend, 3, case) == [[]] * 3
+    assert rank_threads.run(own_attend, 3, case) == [[]] * 3
 
 
-def test_the_module_loses_no_option(rank_pool: RankPool) -> None:
+def test_the_module_loses_no_option(rank_threads: RankThreads) -> None:
     """Invariant 11. B5: masks and windows stay in eval mode."""
-    assert rank_pool.run(module_equals_function, 2) == [[]] * 2
+    assert rank_threads.run(module_equals_function, 2) == [[]] * 2

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moe_dispatch import Partition, TokenSharding
-from moe_dispatch.testing import RankPool
+from moe_dispatch.testing import RankPool, RankThreads
 from sp_attention import ulysses_attention
 from sp_attention.reference import reference_attention
 from tests.support.attention.packed import Sizes, Spans, attended, documents, tensors
@@ -145,17 +145,17 @@ def lengths_from_step_to_step(rank: int) -> list[str]:
 @pytest.mark.parametrize("fill", FILLS)
 @pytest.mark.parametrize("seq", CUTS)
 def test_report_4_padding_between_documents_may_hold_anything(
-    rank_pool: RankPool, seq: Sizes, fill: float, dtype: torch.dtype
+    rank_threads: RankThreads, seq: Sizes, fill: float, dtype: torch.dtype
 ) -> None:
     """Invariant 3. TransformerEngine #2596. The padding of the incoming gradient too, and the tail."""
-    assert rank_pool.run(poisoned, 4, seq, fill, dtype) == [[]] * 4
+    assert rank_threads.run(poisoned, 4, seq, fill, dtype) == [[]] * 4
 
 
 @pytest.mark.parametrize("order", ["BL", "LB"])
 @pytest.mark.parametrize("fill", FILLS)
-def test_keys_that_are_masked_away_may_hold_anything(rank_pool: RankPool, fill: float, order: Order) -> None:
+def test_keys_that_are_masked_away_may_hold_anything(rank_threads: RankThreads, fill: float, order: Order) -> None:
     """Invariant 3."""
-    assert rank_pool.run(poisoned_keys, 2, fill, order) == [[], []]
+    assert rank_threads.run(poisoned_keys, 2, fill, order) == [[], []]
 
 
 @pytest.mark.parametrize("seq", [(170, 176, 176, 182), (176,) * 4, (352, 0, 351, 1), (700, 2, 1, 1)])
@@ -168,33 +168,33 @@ def test_report_4_698_tokens_in_704_slots(rank_pool: RankPool, seq: Sizes) -> No
 
 
 @pytest.mark.parametrize(("real", "slots"), [(7, 8), (7, 10), (5, 8)])
-def test_one_padded_document_on_two_ranks(rank_pool: RankPool, real: int, slots: int) -> None:
+def test_one_padded_document_on_two_ranks(rank_threads: RankThreads, real: int, slots: int) -> None:
     """B14."""
     options = documents([real], [slots])
-    assert rank_pool.run(equal_to_reference, 2, (slots // 2, slots // 2), options) == [[]] * 2
+    assert rank_threads.run(equal_to_reference, 2, (slots // 2, slots // 2), options) == [[]] * 2
 
 
 @pytest.mark.parametrize("seq", CUTS)
 @pytest.mark.parametrize("document", [i for i, real in enumerate(REALS) if real])
-def test_a_document_does_not_depend_on_the_others(rank_pool: RankPool, seq: Sizes, document: int) -> None:
+def test_a_document_does_not_depend_on_the_others(rank_threads: RankThreads, seq: Sizes, document: int) -> None:
     """Invariant 4."""
-    assert rank_pool.run(one_document_alone, 4, seq, document) == [[]] * 4
+    assert rank_threads.run(one_document_alone, 4, seq, document) == [[]] * 4
 
 
 @pytest.mark.parametrize(
     "reals", [[12], [0, 12], [12, 0], [0, 0, 12, 0], [1] * 12, [1, 0, 11], [11, 0, 1], [6, 6], [5, 7]]
 )
-def test_documents_of_no_token_and_of_one(rank_pool: RankPool, reals: list[int]) -> None:
+def test_documents_of_no_token_and_of_one(rank_threads: RankThreads, reals: list[int]) -> None:
     """Without padding, and with cu_seqlens alone."""
     options = {"cu_seqlens": torch.tensor([0, *accumulate(reals)]), "is_causal": True}
-    assert rank_pool.run(equal_to_reference, 3, (5, 0, 7), options) == [[]] * 3
+    assert rank_threads.run(equal_to_reference, 3, (5, 0, 7), options) == [[]] * 3
 
 
 @pytest.mark.parametrize("reals", [[0], [0, 0], []])
-def test_nothing_but_padding(rank_pool: RankPool, reals: list[int]) -> None:
+def test_nothing_but_padding(rank_threads: RankThreads, reals: list[int]) -> None:
     """Zeros, which are part of the graph on every rank."""
     options = documents(reals, [0] * len(reals), 2)
-    assert rank_pool.run(equal_to_reference, 2, (3, 4), options) == [[]] * 2
+    assert rank_threads.run(equal_to_reference, 2, (3, 4), options) == [[]] * 2
 
 
 def test_lengths_that_change_from_step_to_step(rank_pool: RankPool) -> None:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_dispatch import Partition, TokenSharding
-from moe_dispatch.testing import RankPool
+from moe_dispatch.testing import RankThreads
 from sp_attention import ulysses_attention
 from sp_attention.reference import reference_attention
 from tests.support.attention.case import Options, named_case
@@ -79,7 +79,7 @@ def masks_in_every_form(rank: int, length: int) -> list[str]:
 
 
 @pytest.mark.parametrize("length", [6, 8, 16])
-def test_report_3_padding_in_every_form_of_mask(rank_pool: RankPool, length: int) -> None:
+def test_report_3_padding_in_every_form_of_mask(rank_threads: RankThreads, length: int) -> None:
     """Report 3, 3, 5 and 6: output and gradients are those of the tokens without padding, and padding has none: of
     keys and values in any case, of queries where nothing comes in for them."""
-    assert rank_pool.run(masks_in_every_form, 2, length) == [[]] * 2
+    assert rank_threads.run(masks_in_every_form, 2, length) == [[]] * 2

@@ -1,22 +1,20 @@
 """ulysses_attention equals attention on one rank: outputs and every gradient, over lengths, heads and masks.
 
 The whole of a case is the same on every rank. Ranks cut their share out of it by slicing, run the attention, and say
-what differs from their share of the answer of sp_attention/reference.py. Cases are drawn once in the parent and run
-in batches inside living ranks.
+what differs from their share of the answer of sp_attention/reference.py. Cases are drawn once, and run in batches.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
-import torch
 
-from moe_dispatch.testing import RankPool
-from sp_attention.reference import reference_attention
+from moe_dispatch.testing import RankPool, RankThreads
 from tests.support.attention.case import Case, named_case
 from tests.support.attention.drawn import BATCH_OF_CASES, HEADS, WIDTHS, cases_of_every_size, cases_of_ranks
+from tests.support.attention.equal import failures_of
 from tests.support.attention.masks import KINDS
-from tests.support.attention.whole import Seen, Whole, recording, shares_of, shares_of_ulysses, whole_answer
-from tests.support.tensors import TOLERANCE, difference
+from tests.support.tensors import scattered
 
 # The cases of ../shared/known-bugs.md, part 2, that are one call.
 NAMED = {
@@ -46,63 +44,11 @@ NAMED = {
 }
 
 
-def what_reached(rank: int, case: Case, whole: Whole, seen: list[Seen]) -> str:
-    """What of the options did not reach ``attend`` as given; empty where all did."""
-    heads = case.head_sizes[rank]
-    given = {name for name, value in whole.options.items() if value is not False} - {
-        "cu_seqlens",
-        "cu_seqlens_padded",
-    }
-    lengths = [case.lengths]
-    if "cu_seqlens" in whole.options:
-        reals = whole.options["cu_seqlens"].diff().tolist()
-        lengths = [(length, length) for length in reals if length]
-    if heads == 0 or 0 in case.lengths:
-        lengths = []
-    if [(call.shapes[0][1], call.shapes[1][1]) for call in seen] != lengths:
-        return f"attend was called on {[call.shapes for call in seen]}, wanted lengths {lengths}"
-    for call in seen:
-        if {name.replace("_n", "_N") if name == "sinks_n" else name for name in call.options} != given:
-            return f"attend got {sorted(call.options)}, wanted {sorted(given)}"
-        if call.shapes[0][2] != heads or heads % call.shapes[1][2]:
-            return f"attend got {call.shapes[0][2]} query and {call.shapes[1][2]} key/value heads, wanted {heads}"
-        if any(call.options[name] != whole.options[name] for name in given & {"scale", "window", "is_causal"}):
-            return f"attend got {call.options}, wanted {whole.options}"
-    return ""
-
-
-# ---- cases: what the ranks run -------------------------------------------------------------------------
-
-
-def equal_to_reference(rank: int, batch: list[Case]) -> tuple[list[str], float]:
-    """What differs from the reference in float64, and by how much at most."""
-    failures, largest = [], 0.0
-    for case in batch:
-        whole = Whole.of(case, torch.float64)
-        wanted = shares_of(whole_answer(reference_attention, whole), rank, case)
-        seen: list[Seen] = []
-        got = shares_of_ulysses(rank, case, whole, recording(seen))
-        differences = {name: difference(got[name], wanted[name]) for name in wanted}
-        largest = max(largest, *differences.values())
-        failures += [f"{name} by {by:.1e}: {case}" for name, by in differences.items() if not by <= TOLERANCE]
-        missed = what_reached(rank, case, whole, seen)
-        failures += [f"{missed}: {case}"] * bool(missed)
-    return failures, largest
-
-
-# ---- what the tests ask --------------------------------------------------------------------------------
-
-
-def failures_of(rank_pool: RankPool, ranks: int, batch: list[Case], timeout: float = 60) -> list[str]:
-    results = rank_pool.run(equal_to_reference, ranks, batch, timeout=timeout)
-    return [f"rank {rank}: {failure}" for rank, (failures, _) in enumerate(results) for failure in failures]
-
-
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
-def test_equal_to_the_reference(rank_pool: RankPool, ranks: int) -> None:
+def test_equal_to_the_reference(rank_threads: RankThreads, ranks: int) -> None:
     """Invariants 2, in float64 and with a gradient of every input on every rank (B26), and 11: what ``attend`` was
     called with is what was given. Measured: 3.3e-15 at most."""
-    assert failures_of(rank_pool, ranks, cases_of_ranks(ranks, BATCH_OF_CASES)) == []
+    assert failures_of(rank_threads, ranks, cases_of_ranks(ranks, BATCH_OF_CASES)) == []
 
 
 @pytest.mark.parametrize("name", NAMED)
@@ -136,5 +82,27 @@ def test_the_drawn_cases_reach_what_others_got_wrong() -> None:
 @pytest.mark.sweep
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
-def test_every_length_and_head_count(rank_pool: RankPool, ranks: int, kind: str) -> None:
-    assert failures_of(rank_pool, ranks, cases_of_every_size(ranks, kind), timeout=600) == []
+def test_every_length_and_head_count(rank_threads: RankThreads, ranks: int, kind: str) -> None:
+    assert failures_of(rank_threads, ranks, cases_of_every_size(ranks, kind), timeout=600) == []
+
+
+# ---- many ranks ----------------------------------------------------------------------------------------
+
+UNEVEN = {ranks: tuple(rank % 3 for rank in range(ranks)) for ranks in (16, 64)}  # a third of the shards is empty
+FEW = {ranks: scattered(5, ranks) for ranks in (16, 64)}
+ALL_ON_ONE = (*(0,) * 14, 9, 0)
+MANY = {
+    "few tokens, few heads": named_case(16, "causal", FEW[16], num_heads=(4, 2)),
+    "more heads than ranks": named_case(16, "holes", UNEVEN[16], num_heads=(18, 9), order="LB"),
+    "groups over ranks": named_case(16, "float (BNLL)", FEW[16], num_heads=(32, 2)),
+    "keys on other ranks": named_case(16, "cross sinks", ALL_ON_ONE, num_heads=(6, 3), kv_seq=FEW[16]),
+    "ranks without heads": replace(named_case(16, "window", UNEVEN[16], num_heads=(5, 5)), heads=FEW[16]),
+    "documents": named_case(16, "masked documents", UNEVEN[16], batch=1, num_heads=(3, 1)),
+    "few tokens, few heads, 64 ranks": named_case(64, "causal", FEW[64], num_heads=(4, 2), order="LB"),
+    "documents, 64 ranks": named_case(64, "masked documents", UNEVEN[64], batch=1, num_heads=(3, 1)),
+}
+
+
+@pytest.mark.parametrize("name", MANY)
+def test_more_ranks_than_tokens_or_heads(rank_threads: RankThreads, name: str) -> None:
+    assert failures_of(rank_threads, MANY[name].ranks, [MANY[name]]) == []

@@ -102,4 +102,4 @@ def refused_before(rank: int, name: str) -> tuple[str, list[str]]:
 @pytest.mark.parametrize("name", BEFORE)
 def test_what_every_rank_sees_is_refused_before_any_collective(rank_pool: RankPool, name: str) -> None:
     """Invariant 12, where every rank has it."""
-    assert rank_pool.run(refused_before, 2, name, timeout=20) == [(BEFORE[name][1], [])] * 2
+    assert rank_pool.run(refused_before, 2, name) == [(BEFORE[name][1], [])] * 2

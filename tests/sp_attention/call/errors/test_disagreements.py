@@ -126,7 +126,7 @@ def order_differs(rank: int) -> tuple[str, bool]:
 
 @pytest.mark.parametrize("name", DISAGREEMENTS)
 def test_ranks_that_disagree_are_told_apart(rank_pool: RankPool, name: str) -> None:
-    (text, usable), *others = rank_pool.run(disagree, 2, name, timeout=20)
+    (text, usable), *others = rank_pool.run(disagree, 2, name)
     ours, theirs = text.split("; rank [1]: ")
     assert others == [(text, usable)]
     assert usable
@@ -140,7 +140,7 @@ def test_ranks_that_disagree_are_told_apart(rank_pool: RankPool, name: str) -> N
 @pytest.mark.parametrize("case", [sharding_differs, order_differs, permuted_keys])
 def test_shardings_that_differ_between_ranks(rank_pool: RankPool, case: Callable[[int], tuple[str, bool]]) -> None:
     """Ranks that expect other sizes of each other, or the same in another order."""
-    (text, usable), *others = rank_pool.run(case, 2, timeout=20)
+    (text, usable), *others = rank_pool.run(case, 2)
     assert others == [(text, usable)]
     assert usable
     assert text.startswith("the ranks disagree about one call (rank [0]: torch.float32, ")

@@ -44,4 +44,4 @@ def wrong_documents_on_rank_1(rank: int, name: str) -> tuple[str, bool]:
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_wrong_documents(rank_pool: RankPool, name: str) -> None:
     wanted = f"rank 1: {DOCUMENTS[name][1]}", True
-    assert rank_pool.run(wrong_documents_on_rank_1, 2, name, timeout=20) == [wanted] * 2
+    assert rank_pool.run(wrong_documents_on_rank_1, 2, name) == [wanted] * 2

@@ -194,13 +194,13 @@ def wrong_on_two(rank: int) -> tuple[str, bool]:
 @pytest.mark.parametrize("name", ON_ONE_RANK)
 def test_one_ranks_mistake_is_told_to_all(rank_pool: RankPool, name: str) -> None:
     """Invariant 7."""
-    assert rank_pool.run(wrong_on_rank_1, 2, name, timeout=20) == [(f"rank 1: {ON_ONE_RANK[name][1]}", True)] * 2
+    assert rank_pool.run(wrong_on_rank_1, 2, name) == [(f"rank 1: {ON_ONE_RANK[name][1]}", True)] * 2
 
 
 @pytest.mark.parametrize("name", ON_ONE_RANK)
 def test_a_mistake_of_every_rank_is_told_to_all(rank_pool: RankPool, name: str) -> None:
     """Where all of them pass the same heads, say."""
-    (text, usable), *others = rank_pool.run(wrong_on_both, 2, name, timeout=20)
+    (text, usable), *others = rank_pool.run(wrong_on_both, 2, name)
     assert others == [(text, usable)]
     assert usable
     of_rank_0, of_rank_1 = text.split("; rank 1: ")

@@ -67,8 +67,8 @@ def test_a_checkpoint_recomputes_on_every_rank_or_on_none(
     rank_pool: RankPool, frozen: bool, attend: Callable[..., Tensor], exchanges: int
 ) -> None:
     """There and back, back and there in backward (frozen tensors: one of them), and there once more to recompute."""
-    plain = rank_pool.run(gradients, 3, False, frozen, attend, timeout=20)
-    again = rank_pool.run(gradients, 3, True, frozen, attend, timeout=20)
+    plain = rank_pool.run(gradients, 3, False, frozen, attend)
+    again = rank_pool.run(gradients, 3, True, frozen, attend)
     for (wanted, _), (got, found) in zip(plain, again, strict=True):
         assert all(map(torch.equal, got, wanted))
         assert found == exchanges

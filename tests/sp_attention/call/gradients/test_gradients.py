@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_dispatch import Partition, TokenSharding
-from moe_dispatch.testing import RankPool
+from moe_dispatch.testing import RankThreads
 from sp_attention import ulysses_attention
 from tests.support.attention.case import Case, Options, named_case
 from tests.support.attention.whole import Whole
@@ -129,26 +129,26 @@ class _CopyOfWhole(torch.autograd.Function):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_gradients_of_a_shared_head_are_added_in_float32(rank_pool: RankPool, dtype: torch.dtype) -> None:
+def test_gradients_of_a_shared_head_are_added_in_float32(rank_threads: RankThreads, dtype: torch.dtype) -> None:
     """2048 + 1 + 1 and, in bfloat16, 256 + 1 + 1 stay where they are when every sum is rounded."""
     first = 2048.0 if dtype == torch.float16 else 256.0
-    assert rank_pool.run(shared_head, 3, first, dtype) == [[first + 2] * n for n in (2, 0, 1)]
+    assert rank_threads.run(shared_head, 3, first, dtype) == [[first + 2] * n for n in (2, 0, 1)]
 
 
 @pytest.mark.parametrize("name", ["sinks_N", "attn_mask"])
-def test_a_rank_without_heads_has_a_zero_gradient_of_what_is_learned(rank_pool: RankPool, name: str) -> None:
-    assert rank_pool.run(without_heads, 2, [name]) == [[], []]
+def test_a_rank_without_heads_has_a_zero_gradient_of_what_is_learned(rank_threads: RankThreads, name: str) -> None:
+    assert rank_threads.run(without_heads, 2, [name]) == [[], []]
 
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_gradient_has_the_dtype_of_its_input(rank_pool: RankPool, dtype: torch.dtype) -> None:
+def test_every_gradient_has_the_dtype_of_its_input(rank_threads: RankThreads, dtype: torch.dtype) -> None:
     """Invariant 10, B15."""
-    assert rank_pool.run(dtypes_of_gradients, 2, dtype) == [[dtype] * 4 + [torch.float32]] * 2
+    assert rank_threads.run(dtypes_of_gradients, 2, dtype) == [[dtype] * 4 + [torch.float32]] * 2
 
 
-def test_gradients_are_those_of_small_differences(rank_pool: RankPool) -> None:
+def test_gradients_are_those_of_small_differences(rank_threads: RankThreads) -> None:
     """Invariant 10."""
-    assert rank_pool.run(numeric_gradient, 2) == [True, True]
+    assert rank_threads.run(numeric_gradient, 2) == [True, True]

@@ -54,7 +54,7 @@ def test_recomputation_repeats_the_forward(rank_pool: RankPool, seq: tuple[int, 
     """Invariant 8, in one order on every rank: what one sends, the other expects. Dropout falls on the same
     weights."""
     case = Case(ranks=2, kind="none", batch=2, seq=seq, kv_seq=seq, num_heads=(4, 2), widths=(6, 4), heads=heads)
-    results = rank_pool.run(recomputed, 2, case, timeout=20)
+    results = rank_pool.run(recomputed, 2, case)
     assert [failures for _, _, failures in results] == [[], []]
     for again, plain in [(again, plain) for again, plain, _ in results]:
         assert len(plain) == 4
