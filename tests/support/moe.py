@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from moe_dispatch import Counted, GroupedExperts, MoE, Partition, SwiGLU, TokenSharding, TopKRouter
 from moe_dispatch.plan.planner import Planner
 from moe_dispatch.reference import ReferenceMoE
+from tests.support.checkpoints import Run, plainly
 from tests.support.ranks import world
 
 DIM, HIDDEN = 8, 12
@@ -151,8 +152,13 @@ def pull(results: tuple[Tensor, Tensor], pull_BlD: Tensor, pull_BlE: Tensor) -> 
 
 def run_layer(rank: int, case: Case) -> Outcome:
     """Forward and backward of this rank's part."""
-    moe, (x_BlD, pull_BlD, pull_BlE) = case.layer(rank), case.shards(rank)
-    results = moe(x_BlD, sharding=case.sharding)
+    return run_moe(rank, case, case.layer(rank))
+
+
+def run_moe(rank: int, case: Case, moe: MoE, run: Run = plainly) -> Outcome:
+    """Forward by ``run`` and backward of this rank's part of a case."""
+    x_BlD, pull_BlD, pull_BlE = case.shards(rank)
+    results = run(moe, x_BlD, case.sharding)
     pull(results, pull_BlD, pull_BlE).backward()
     return outcome(moe, x_BlD, results)
 

@@ -1,7 +1,6 @@
 """Plans of a case, of any kind: its sharding, sizes that are enough for it, groups of ranks for nodes."""
 
 import functools
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -11,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_dispatch import (
+    Counted,
     DispatchMetadata,
     NodeGroups,
     Partition,
@@ -20,6 +20,7 @@ from moe_dispatch import (
     plan_hierarchical,
     plan_static,
 )
+from moe_dispatch.plan.planner import Planner
 from tests.support.dense import Case, crossings, make_case, rank_of_expert
 from tests.support.layouts import Layout
 from tests.support.ranks import world
@@ -70,17 +71,27 @@ def counted(expert_BlK: Tensor, **given: Any) -> DispatchMetadata:
 
 
 @contextmanager
-def planning(kind: Kind, rank: int, sizes: StaticSizes) -> Iterator[Planning]:
-    """How a rank makes plans of a kind over all ranks. P ranks are sqrt(P) nodes, or two."""
-    if kind == "counted":
-        yield counted
-    elif kind == "static":
-        yield functools.partial(plan_static, group=world(), sizes=sizes)
-    else:
+def planner_of(kind: Kind, rank: int, sizes: StaticSizes) -> Iterator[Planner]:
+    """What makes the plans of a layer over all ranks. Of P ranks, at least sqrt(P) nodes."""
+    if kind == "hierarchical":
         ranks = dist.get_world_size()
-        num_nodes = math.isqrt(ranks) if math.isqrt(ranks) ** 2 == ranks else 2
+        num_nodes = next(n for n in range(1, ranks + 1) if n * n >= ranks and ranks % n == 0)
         with node_groups(rank, num_nodes, ranks // num_nodes) as nodes:
-            yield functools.partial(plan_hierarchical, nodes=nodes)
+            yield nodes
+    else:
+        yield sizes if kind == "static" else Counted()
+
+
+@contextmanager
+def planning(kind: Kind, rank: int, sizes: StaticSizes) -> Iterator[Planning]:
+    """The same as a function that makes one plan."""
+    with planner_of(kind, rank, sizes) as planner:
+        if isinstance(planner, NodeGroups):
+            yield functools.partial(plan_hierarchical, nodes=planner)
+        elif isinstance(planner, StaticSizes):
+            yield functools.partial(plan_static, group=world(), sizes=planner)
+        else:
+            yield counted
 
 
 def crowded(ranks: int, seed: int) -> Case:

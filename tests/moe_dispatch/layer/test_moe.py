@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_dispatch.testing import RankPool
+from moe_dispatch.testing import RankPool, RankThreads
 from tests.support.moe import (
     CASES,
     DIM,
@@ -46,15 +46,15 @@ def random_case(seed: int) -> Case:
 
 
 @pytest.mark.parametrize("case", CASES + [random_case(seed) for seed in range(12)], ids=str)
-def test_ranks_equal_one_process(case: Case, rank_pool: RankPool) -> None:
-    assert_like_one_process(case, rank_pool.run(run_layer, case.ranks, case))
+def test_ranks_equal_one_process(case: Case, rank_threads: RankThreads) -> None:
+    assert_like_one_process(case, rank_threads.run(run_layer, case.ranks, case))
 
 
 @pytest.mark.sweep
 @pytest.mark.parametrize("seed", range(100, 300))
-def test_ranks_equal_one_process_in_many_cases(seed: int, rank_pool: RankPool) -> None:
+def test_ranks_equal_one_process_in_many_cases(seed: int, rank_threads: RankThreads) -> None:
     case = random_case(seed)
-    assert_like_one_process(case, rank_pool.run(run_layer, case.ranks, case))
+    assert_like_one_process(case, rank_threads.run(run_layer, case.ranks, case))
 
 
 @pytest.mark.parametrize("case", [CASES[3], CASES[9], CASES[12]], ids=str)
@@ -119,9 +119,9 @@ def run_strided(rank: int, case: Case) -> tuple[Outcome, Outcome]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_tokens_may_be_strided(dtype: torch.dtype, rank_pool: RankPool) -> None:
+def test_tokens_may_be_strided(dtype: torch.dtype, rank_threads: RankThreads) -> None:
     case = Case(seq=(3, 2), experts=(2, 3), dtype=dtype)
-    for plain, strided in rank_pool.run(run_strided, 2, case):
+    for plain, strided in rank_threads.run(run_strided, 2, case):
         assert_equal_outcomes(strided, plain, TOLERANCE[dtype])
 
 
@@ -134,11 +134,11 @@ def rows_of_experts(rank: int, case: Case) -> Tensor:
 
 
 @pytest.mark.parametrize("case", [CASES[2], CASES[3], CASES[9], CASES[13]], ids=str)
-def test_experts_see_their_rows_in_global_token_order(case: Case, rank_pool: RankPool) -> None:
+def test_experts_see_their_rows_in_global_token_order(case: Case, rank_threads: RankThreads) -> None:
     router, x_TD = case.parts()[0], case.inputs()[0].flatten(0, 1)
     expert_TK = router.choose(router(x_TD))
     want = [x_TD[(expert_TK == expert).any(1)] for expert in range(case.partition.total)]
-    assert torch.equal(torch.cat(rank_pool.run(rows_of_experts, case.ranks, case)), torch.cat(want))
+    assert torch.equal(torch.cat(rank_threads.run(rows_of_experts, case.ranks, case)), torch.cat(want))
 
 
 def same_expert_for_all(rank: int, expert: int) -> list[Tensor | None]:
@@ -150,8 +150,8 @@ def same_expert_for_all(rank: int, expert: int) -> list[Tensor | None]:
     return [parameter.grad for parameter in moe.experts.parameters()]
 
 
-def test_all_rows_on_one_expert_leave_zero_gradients_on_the_others(rank_pool: RankPool) -> None:
-    for rank, grads in enumerate(rank_pool.run(same_expert_for_all, 2, 3)):
+def test_all_rows_on_one_expert_leave_zero_gradients_on_the_others(rank_threads: RankThreads) -> None:
+    for rank, grads in enumerate(rank_threads.run(same_expert_for_all, 2, 3)):
         for grad_eDF in grads:
             assert grad_eDF is not None
             assert [bool(grad.count_nonzero()) for grad in grad_eDF] == [False, rank == 1]
@@ -176,8 +176,8 @@ def no_expert_for_some(rank: int) -> tuple[Tensor, Tensor, list[int]]:
     return y_BlD.detach(), x_BlD.grad, moe.load_E.tolist()
 
 
-def test_a_router_may_name_no_expert(rank_pool: RankPool) -> None:
-    for (y_BlD, dx_BlD, load), tokens in zip(rank_pool.run(no_expert_for_some, 2), (6, 4), strict=True):
+def test_a_router_may_name_no_expert(rank_threads: RankThreads) -> None:
+    for (y_BlD, dx_BlD, load), tokens in zip(rank_threads.run(no_expert_for_some, 2), (6, 4), strict=True):
         assert y_BlD[0, 0].count_nonzero() == dx_BlD[0, 0].count_nonzero() == 0
         assert all(y_D.count_nonzero() for y_D in y_BlD.flatten(0, 1)[1:])
         assert sum(load) == tokens - 1

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moe_dispatch import Partition, TokenSharding, build_mesh
-from moe_dispatch.testing import RankPool
+from moe_dispatch.testing import RankPool, RankThreads
 from tests.support.checkpoints import Run, plainly, recomputed
 from tests.support.moe import (
     CASES,
@@ -39,8 +39,10 @@ def two_layers(rank: int, run: Run, backward: tuple[int, int]) -> list[Outcome]:
 
 @pytest.mark.parametrize("run", [plainly, recomputed])
 @pytest.mark.parametrize("backward", [(0, 1), (1, 0)])
-def test_unlike_layers_in_one_process_do_not_meet(run: Run, backward: tuple[int, int], rank_pool: RankPool) -> None:
-    for case, *outcomes in zip(TWO, *rank_pool.run(two_layers, 2, run, backward), strict=True):
+def test_unlike_layers_in_one_process_do_not_meet(
+    run: Run, backward: tuple[int, int], rank_threads: RankThreads
+) -> None:
+    for case, *outcomes in zip(TWO, *rank_threads.run(two_layers, 2, run, backward), strict=True):
         assert_like_one_process(case, outcomes)
 
 
@@ -61,8 +63,8 @@ def global_norm(rank: int, case: Case) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("case", [CASES[2], CASES[9], CASES[13]], ids=str)
-def test_the_norm_of_the_gradients_is_that_of_one_process(case: Case, rank_pool: RankPool) -> None:
-    norms = rank_pool.run(global_norm, case.ranks, case)
+def test_the_norm_of_the_gradients_is_that_of_one_process(case: Case, rank_threads: RankThreads) -> None:
+    norms = rank_threads.run(global_norm, case.ranks, case)
     assert len(set(norms)) == 1
     gradients = one_process(case).gradients
     want = nn.utils.get_total_norm(gradients.values()).item()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moe_dispatch import MoE, Partition, TokenSharding, TopKRouter
-from moe_dispatch.testing import RankPool
+from moe_dispatch.testing import RankPool, RankThreads
 from tests.support.checkpoints import Run, is_empty, plainly, recomputed, recomputed_reentrantly
 from tests.support.moe import DIM, Case, Outcome, assert_close, assert_equal_outcomes, gradients_of, outcome, pull
 
@@ -149,10 +149,10 @@ def all_scores_tie(rank: int, case: Case, run: Run) -> Outcome:
     return outcome(moe, x_BlD, results)
 
 
-def test_ties_are_broken_once(rank_pool: RankPool) -> None:
+def test_ties_are_broken_once(rank_threads: RankThreads) -> None:
     case = Case(seq=(3, 2), experts=(2, 3))
-    plain = rank_pool.run(all_scores_tie, 2, case, plainly)
-    for one, other in zip(plain, rank_pool.run(all_scores_tie, 2, case, recomputed), strict=True):
+    plain = rank_threads.run(all_scores_tie, 2, case, plainly)
+    for one, other in zip(plain, rank_threads.run(all_scores_tie, 2, case, recomputed), strict=True):
         assert_equal_outcomes(other, one, 0.0)
 
 
@@ -174,9 +174,11 @@ def two_forwards(rank: int, run: Run, backward: tuple[int, int]) -> tuple[list[T
 
 
 @pytest.mark.parametrize("backward", [(0, 1), (1, 0)])
-def test_two_forwards_before_their_backwards_keep_their_plans(backward: tuple[int, int], rank_pool: RankPool) -> None:
-    plain = rank_pool.run(two_forwards, 2, plainly, (0, 1))
-    again = rank_pool.run(two_forwards, 2, recomputed, backward)
+def test_two_forwards_before_their_backwards_keep_their_plans(
+    backward: tuple[int, int], rank_threads: RankThreads
+) -> None:
+    plain = rank_threads.run(two_forwards, 2, plainly, (0, 1))
+    again = rank_threads.run(two_forwards, 2, recomputed, backward)
     for (want_grads, want_gradients, _), (grads, gradients, calls) in zip(plain, again, strict=True):
         assert calls == 2
         assert len(grads) == 2
@@ -226,9 +228,9 @@ def run_block(
 
 @pytest.mark.parametrize("backwards", [1, 2])
 @pytest.mark.parametrize("times", [1, 2, 3])
-def test_a_checkpointed_block_and_a_kept_graph(times: int, backwards: int, rank_pool: RankPool) -> None:
-    plain = rank_pool.run(run_block, 3, times, False, 1)
-    again = rank_pool.run(run_block, 3, times, True, backwards)
+def test_a_checkpointed_block_and_a_kept_graph(times: int, backwards: int, rank_threads: RankThreads) -> None:
+    plain = rank_threads.run(run_block, 3, times, False, 1)
+    again = rank_threads.run(run_block, 3, times, True, backwards)
     for (dx_BlD, gradients, _, _), (got_dx_BlD, got, calls, forgotten) in zip(plain, again, strict=True):
         assert calls == times
         assert forgotten

@@ -17,7 +17,7 @@ from moe_dispatch import (
     dispatch,
     plan_dispatch,
 )
-from moe_dispatch.testing import RankPool
+from moe_dispatch.testing import RankPool, RankThreads
 from tests.support.dense import (
     Case,
     make_case,
@@ -101,8 +101,8 @@ def ids_after_reuse(rank: int) -> bool:
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_plan_keeps_its_ids_when_their_tensor_is_reused(rank_pool: RankPool, ranks: int) -> None:
-    assert rank_pool.run(ids_after_reuse, ranks) == [True] * ranks
+def test_a_plan_keeps_its_ids_when_their_tensor_is_reused(rank_threads: RankThreads, ranks: int) -> None:
+    assert rank_threads.run(ids_after_reuse, ranks) == [True] * ranks
 
 
 def replay(rank: int, case: Case) -> dict[str, bool]:
@@ -140,11 +140,11 @@ def vars_of(plan: DispatchMetadata) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("ranks", [1, 3])
-def test_a_plan_from_saved_ids_equals_the_first(rank_pool: RankPool, ranks: int) -> None:
+def test_a_plan_from_saved_ids_equals_the_first(rank_threads: RankThreads, ranks: int) -> None:
     torch.manual_seed(140)
     layout = Layout(batch=(2,), seq=(3,) * ranks)  # no shard is empty: other ids are other ids on every rank
     case = make_case(layout, "uniform", experts=EXPERTS[ranks][0], num_choices=2, dim=7, width=7)
-    for said in rank_pool.run(replay, ranks, case):
+    for said in rank_threads.run(replay, ranks, case):
         assert said == {
             "saved == first": True,
             "saved is first": False,
@@ -177,8 +177,8 @@ def plans_that_differ_on_one_sharding(rank: int) -> list[str]:
     return failures
 
 
-def test_plans_of_different_layers_share_a_sharding(rank_pool: RankPool) -> None:
-    assert rank_pool.run(plans_that_differ_on_one_sharding, 2) == [[], []]
+def test_plans_of_different_layers_share_a_sharding(rank_threads: RankThreads) -> None:
+    assert rank_threads.run(plans_that_differ_on_one_sharding, 2) == [[], []]
 
 
 def rows_of_many_experts(rank: int, sizes: tuple[int, int]) -> tuple[list[int], list[int], list[int]]:
@@ -210,5 +210,5 @@ def rows_of_crowded_token(rank: int) -> tuple[tuple[int, ...], tuple[int, ...], 
     return plan.rows_sent, plan.rows_received, len(plan.token_of_row_M)
 
 
-def test_a_token_crosses_to_a_rank_once(rank_pool: RankPool) -> None:
-    assert rank_pool.run(rows_of_crowded_token, 2) == [((0, 1), (0, 0), 0), ((0, 0), (1, 0), 4)]
+def test_a_token_crosses_to_a_rank_once(rank_threads: RankThreads) -> None:
+    assert rank_threads.run(rows_of_crowded_token, 2) == [((0, 1), (0, 0), 0), ((0, 0), (1, 0), 4)]

@@ -22,7 +22,7 @@ from moe_dispatch import (
     plan_hierarchical,
 )
 from moe_dispatch.plan.ids.group_tokens import GroupTokens
-from moe_dispatch.testing import RankPool
+from moe_dispatch.testing import RankPool, RankThreads
 from tests.support.dense import (
     Answer,
     Case,
@@ -172,31 +172,31 @@ def run_low_precision(rank: int, case: Case) -> tuple[float, float]:
 # ---- what the tests ask --------------------------------------------------------------------------------
 
 
-def ask(rank_pool: RankPool, shape: tuple[int, int], cases: list[Case]) -> None:
+def ask(rank_threads: RankThreads, shape: tuple[int, int], cases: list[Case]) -> None:
     answered = [(case, dense_answer(case)) for case in cases]
-    failures = rank_pool.run(run_cases, shape[0] * shape[1], shape, answered)
+    failures = rank_threads.run(run_cases, shape[0] * shape[1], shape, answered)
     assert [failure for of_rank in failures for failure in of_rank] == []
 
 
 @pytest.mark.parametrize("first", [0, 1, 2])
-def test_two_nodes_of_two_equal_one_step_and_the_dense_layer(rank_pool: RankPool, first: int) -> None:
+def test_two_nodes_of_two_equal_one_step_and_the_dense_layer(rank_threads: RankThreads, first: int) -> None:
     """B from 1 to 3, uneven and empty shards, both orders, -1, repeated ids, one expert, one rank, uneven experts, a
     node without experts."""
     torch.manual_seed(first)
-    ask(rank_pool, (2, 2), make_cases(4)[first::9])
+    ask(rank_threads, (2, 2), make_cases(4)[first::9])
 
 
 @pytest.mark.parametrize("shape", [(4, 1), (1, 4), (3, 1), (1, 2), (2, 1), (1, 1)])
-def test_other_numbers_of_nodes(rank_pool: RankPool, shape: tuple[int, int]) -> None:
+def test_other_numbers_of_nodes(rank_threads: RankThreads, shape: tuple[int, int]) -> None:
     torch.manual_seed(7)
-    ask(rank_pool, shape, make_cases(shape[0] * shape[1])[::23])
+    ask(rank_threads, shape, make_cases(shape[0] * shape[1])[::23])
 
 
 @pytest.mark.parametrize("experts", [(3, 1, 0, 0), (0, 0, 0, 5)])
-def test_a_node_without_experts(rank_pool: RankPool, experts: tuple[int, ...]) -> None:
+def test_a_node_without_experts(rank_threads: RankThreads, experts: tuple[int, ...]) -> None:
     torch.manual_seed(8)
     layout = Layout(batch=(2,), seq=(3, 0, 1, 2))
-    ask(rank_pool, (2, 2), [make_case(layout, "holes", experts=experts, num_choices=4, dim=3, width=2)])
+    ask(rank_threads, (2, 2), [make_case(layout, "holes", experts=experts, num_choices=4, dim=3, width=2)])
 
 
 def hand_case() -> Case:
@@ -214,10 +214,10 @@ def between_rows(rank: int, case: Case) -> tuple[tuple[int, ...], tuple[int, ...
     return plan.between.rows_sent, plan.within.rows_sent
 
 
-def test_a_token_crosses_to_a_node_once_and_to_a_rank_of_it_once(rank_pool: RankPool) -> None:
+def test_a_token_crosses_to_a_node_once_and_to_a_rank_of_it_once(rank_threads: RankThreads) -> None:
     # Rank 0 holds positions 0 and 1 of both rows, rank 2 position 2, rank 3 positions 3 and 4.
     # Node 0 is needed by tokens (0, 0), (0, 1), (1, 0) of rank 0, (1, 2) of rank 2, and three of rank 3's four.
-    assert rank_pool.run(between_rows, 4, hand_case()) == [
+    assert rank_threads.run(between_rows, 4, hand_case()) == [
         ((3, 3), (4, 1)),  # 3 + 1 tokens came to rank 0; they need rank 0 and, for expert 2, rank 1
         ((0, 0), (1, 2)),  # those of rank 3
         ((1, 2), (3, 4)),
@@ -234,13 +234,13 @@ def test_collectives_and_what_is_kept(rank_pool: RankPool) -> None:
     assert sum(rows for _, rows, _ in results) == 25
 
 
-def test_bfloat16_rows_with_float32_weights(rank_pool: RankPool) -> None:
+def test_bfloat16_rows_with_float32_weights(rank_threads: RankThreads) -> None:
     torch.manual_seed(9)
     case = make_case(
         Layout(batch=(2,), seq=(9, 0, 4, 7)), "duplicates", experts=(2, 2, 1, 3), num_choices=4, dim=16, width=16
     )
     # Three roundings of half a unit in the last of 8 bits, measured 0.005.
-    assert max(max(errors) for errors in rank_pool.run(run_low_precision, 4, case)) < 3 * 2**-8
+    assert max(max(errors) for errors in rank_threads.run(run_low_precision, 4, case)) < 3 * 2**-8
 
 
 def refused_rows(rank: int, case: Case) -> list[str]:
@@ -259,8 +259,8 @@ def refused_rows(rank: int, case: Case) -> list[str]:
     return texts
 
 
-def test_rows_that_do_not_fit_the_plan(rank_pool: RankPool) -> None:
-    for rank, (x, weight, y) in enumerate(rank_pool.run(refused_rows, 4, hand_case())):
+def test_rows_that_do_not_fit_the_plan(rank_threads: RankThreads) -> None:
+    for rank, (x, weight, y) in enumerate(rank_threads.run(refused_rows, 4, hand_case())):
         assert x.startswith(f"rank {rank}: x is (2,")
         assert weight.startswith(f"rank {rank}: weights are (2,")
         assert "one floating-point row per row of dispatch" in y

@@ -22,7 +22,7 @@ from moe_dispatch import (
     plan_dispatch,
     plan_static,
 )
-from moe_dispatch.testing import RankPool
+from moe_dispatch.testing import RankPool, RankThreads
 from moe_dispatch.testing.counting import counting, run_backward
 from tests.support.dense import Case, make_cases, through_experts
 from tests.support.plans import crowded, enough, sharding_of
@@ -100,7 +100,7 @@ def differences(rank: int, cases: list[tuple[Case, StaticSizes]], dtype: torch.d
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
-def test_the_same_rows_and_sums_as_a_counted_plan(rank_pool: RankPool, ranks: int, dtype: torch.dtype) -> None:
+def test_the_same_rows_and_sums_as_a_counted_plan(rank_threads: RankThreads, ranks: int, dtype: torch.dtype) -> None:
     torch.manual_seed(30 + ranks)
     cases = []
     drawn = make_cases(ranks)[::5]  # K takes turns of 3
@@ -108,7 +108,7 @@ def test_the_same_rows_and_sums_as_a_counted_plan(rank_pool: RankPool, ranks: in
     for i, case in enumerate(drawn):
         sizes, more = enough(case), (0, 1, 40)[i % 3]
         cases.append((case, StaticSizes(rows_per_pair=sizes.rows_per_pair + more, rows=sizes.rows + more)))
-    for failures in rank_pool.run(differences, ranks, cases, dtype):
+    for failures in rank_threads.run(differences, ranks, cases, dtype):
         assert failures == []
 
 

@@ -16,7 +16,7 @@ from moe_dispatch import (
     dispatch,
     plan_static,
 )
-from moe_dispatch.testing import RankPool
+from moe_dispatch.testing import RankPool, RankThreads
 from tests.support.plans import crowded, enough
 from tests.support.ranks import refusal, world
 
@@ -77,21 +77,21 @@ TOLD = {
 
 
 @pytest.mark.parametrize("name", TOLD)
-def test_a_problem_is_told_on_every_rank_and_makes_all_outputs_nan(rank_pool: RankPool, name: str) -> None:
+def test_a_problem_is_told_on_every_rank_and_makes_all_outputs_nan(rank_threads: RankThreads, name: str) -> None:
     change, sizes, text = TOLD[name]
-    for said, nan in rank_pool.run(told, 3, change, sizes):
+    for said, nan in rank_threads.run(told, 3, change, sizes):
         assert said == (text and f"a plan of fixed sizes did not hold, and its outputs are NaN: {text}")
         assert nan <= {bool(text)}  # a rank without tokens has no outputs
 
 
 @pytest.mark.parametrize("short", ["rows_per_pair", "rows"])
-def test_too_few_rows_are_told_on_every_rank(rank_pool: RankPool, short: str) -> None:
+def test_too_few_rows_are_told_on_every_rank(rank_threads: RankThreads, short: str) -> None:
     fits = enough(crowded(3, 5))
-    for said, nan in rank_pool.run(told, 3, nothing, fits):
+    for said, nan in rank_threads.run(told, 3, nothing, fits):
         assert (said, nan - {False}) == ("", set())
     needed = getattr(fits, short)
     for fewer in (needed - 1, 1):
-        results = rank_pool.run(told, 3, nothing, replace(fits, **{short: fewer}))
+        results = rank_threads.run(told, 3, nothing, replace(fits, **{short: fewer}))
         assert len({said for said, _ in results}) == 1
         for said, nan in results:
             assert said.split(": ")[1].startswith(f"{needed} ")

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_dispatch import DispatchMetadata, TokenSharding, plan_dispatch
-from moe_dispatch.testing import RankPool
+from moe_dispatch.testing import RankPool, RankThreads
 from tests.support.dense import (
     Answer,
     Case,
@@ -110,14 +110,14 @@ def run_with_poison(rank: int, case: Case, answer: Answer) -> list[str]:
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
-def test_outputs_and_gradients_equal_the_dense_layer(rank_pool: RankPool, ranks: int) -> None:
+def test_outputs_and_gradients_equal_the_dense_layer(rank_threads: RankThreads, ranks: int) -> None:
     torch.manual_seed(ranks)
     cases = [(case, dense_answer(case)) for case in make_cases(ranks)]
     assert len(cases) >= 180
     met = {(turns(i), case.expert_BLK.shape[2], case.experts) for i, (case, _) in enumerate(cases)}
     assert len({(weigh, num_choices) for (_, weigh), num_choices, _ in met}) == 2 * 3
     assert len({(memory, experts) for (memory, _), _, experts in met}) == 4 * len(EXPERTS[ranks])
-    for failures in rank_pool.run(run_cases, ranks, cases):
+    for failures in rank_threads.run(run_cases, ranks, cases):
         assert failures == []
 
 
@@ -151,37 +151,37 @@ def test_two_forwards_before_the_backwards(rank_pool: RankPool, ranks: int, last
 
 
 @pytest.mark.parametrize("ranks", [1, 3])
-def test_the_order_of_the_choices_does_not_matter(rank_pool: RankPool, ranks: int) -> None:
+def test_the_order_of_the_choices_does_not_matter(rank_threads: RankThreads, ranks: int) -> None:
     torch.manual_seed(50)
     case = make_case(layouts(ranks)[0], "holes", experts=EXPERTS[ranks][0], num_choices=3, dim=8, width=8)
-    for failures in rank_pool.run(run_permuted_choices, ranks, case, dense_answer(case)):
+    for failures in rank_threads.run(run_permuted_choices, ranks, case, dense_answer(case)):
         assert failures == []
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_expanded_inputs_and_gradients(rank_pool: RankPool, ranks: int) -> None:
+def test_expanded_inputs_and_gradients(rank_threads: RankThreads, ranks: int) -> None:
     torch.manual_seed(60)
     case = make_case(layouts(ranks)[0], "one_expert", experts=EXPERTS[ranks][0], num_choices=2, dim=7, width=5)
     x_BLD, logits_BLE, grad_BLF = (one_number(t).clone() for t in (case.x_BLD, case.logits_BLE, case.grad_BLF))
     case = dataclasses.replace(case, x_BLD=x_BLD, logits_BLE=logits_BLE, grad_BLF=grad_BLF)
-    for failures in rank_pool.run(run_expanded, ranks, case, dense_answer(case)):
+    for failures in rank_threads.run(run_expanded, ranks, case, dense_answer(case)):
         assert failures == []
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_a_weight_of_zero_keeps_its_gradient(rank_pool: RankPool, ranks: int) -> None:
+def test_a_weight_of_zero_keeps_its_gradient(rank_threads: RankThreads, ranks: int) -> None:
     torch.manual_seed(65)
     case = make_case(layouts(ranks)[0], "duplicates", experts=EXPERTS[ranks][0], num_choices=2, dim=7, width=7)
     case.logits_BLE[..., ::2] = -1000.0
     answer = dense_answer(case)
     zero_BLK = chosen_weights(case.logits_BLE, case.expert_BLK) == 0
     assert answer.weight[zero_BLK].count_nonzero() == zero_BLK.sum() > 0
-    for failures in rank_pool.run(run_cases, ranks, [(case, answer)]):
+    for failures in rank_threads.run(run_cases, ranks, [(case, answer)]):
         assert failures == []
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
-def test_tokens_without_experts_cannot_poison_others(rank_pool: RankPool, ranks: int) -> None:
+def test_tokens_without_experts_cannot_poison_others(rank_threads: RankThreads, ranks: int) -> None:
     torch.manual_seed(70)
     case = make_case(layouts(ranks)[0], "uniform", experts=EXPERTS[ranks][0], num_choices=2, dim=7, width=7)
     case.expert_BLK[torch.rand(case.layout.grid) < 0.5] = -1
@@ -189,7 +189,7 @@ def test_tokens_without_experts_cannot_poison_others(rank_pool: RankPool, ranks:
     assert 0 < unseen_BL.sum() < unseen_BL.numel()
     answer = dense_answer(case)
     case.x_BLD[unseen_BL] = torch.nan
-    for failures in rank_pool.run(run_with_poison, ranks, case, answer):
+    for failures in rank_threads.run(run_with_poison, ranks, case, answer):
         assert failures == []
 
 

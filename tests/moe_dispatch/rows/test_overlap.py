@@ -14,6 +14,7 @@ from moe_dispatch import (
     GroupedExperts,
     MoE,
     Partition,
+    StaticSizes,
     TokenSharding,
     TopKRouter,
     combine,
@@ -23,7 +24,8 @@ from moe_dispatch import (
     start_dispatch,
 )
 from moe_dispatch.rows import row_exchange
-from moe_dispatch.testing import RankPool
+from moe_dispatch.testing import RankPool, RankThreads
+from tests.support.plans import KINDS, Kind, planning
 from tests.support.ranks import world
 
 RANKS = 3
@@ -138,6 +140,33 @@ def test_what_runs_meanwhile_overlaps_forward_and_backward(rank_pool: RankPool, 
         assert forward == ["start", "shared", "wait", "start", "more", "wait"]
         assert backward == ["start", "backward of more", "wait", "start", "backward of shared", "wait"]
         assert equal
+
+
+def started_equals_plain(rank: int, kind: Kind) -> list[str]:
+    """What start and finish give and what the plain calls give, which has to be the same in every bit."""
+    sharding = TokenSharding(batch=2, seq=Partition((3, 0, 2, 1)))
+    shape, found = sharding.local_shape(rank), []
+    expert_BlK = torch.randint(-1, 6, (*shape, 2), generator=torch.Generator().manual_seed(rank))
+    with planning(kind, rank, StaticSizes(rows_per_pair=6, rows=24)) as plan_of:
+        for started in (True, False):
+            torch.manual_seed(rank)
+            x_BlD, weight_BlK = torch.randn(*shape, DIM).requires_grad_(), torch.rand(*shape, 2).requires_grad_()
+            plan = plan_of(expert_BlK, dim=DIM, sharding=sharding, experts=Partition((2, 0, 3, 1)))
+            if started:
+                x_MD, weight_M = start_dispatch(x_BlD, weight_BlK, plan).finish()
+                y_BlD = start_combine(x_MD.sin(), plan, weight_M).finish()
+            else:
+                x_MD, weight_M = dispatch(x_BlD, weight_BlK, plan)
+                y_BlD = combine(x_MD.sin(), plan, weight_M)
+            grads = torch.autograd.grad(y_BlD.square().sum(), (x_BlD, weight_BlK))
+            found.append((x_MD, weight_M, y_BlD, *grads))
+    names = ("x_MD", "weight_M", "y", "gradient of x", "gradient of weights")
+    return [name for name, one, other in zip(names, *found, strict=True) if not one.equal(other)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_start_and_finish_give_the_same_bits_with_any_plan(rank_threads: RankThreads, kind: Kind) -> None:
+    assert rank_threads.run(started_equals_plain, 4, kind) == [[]] * 4
 
 
 def backward_twice(rank: int) -> bool:

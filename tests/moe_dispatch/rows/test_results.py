@@ -12,7 +12,7 @@ from moe_dispatch import (
     plan_dispatch,
     plan_static,
 )
-from moe_dispatch.testing import RankPool
+from moe_dispatch.testing import RankThreads
 from tests.support.ranks import world
 
 
@@ -42,5 +42,5 @@ def add_to_results_in_place(rank: int, static: bool) -> list[str]:
 
 
 @pytest.mark.parametrize("static", [False, True])
-def test_results_can_be_written_to(rank_pool: RankPool, static: bool) -> None:
-    assert rank_pool.run(add_to_results_in_place, 2, static) == [[], []]
+def test_results_can_be_written_to(rank_threads: RankThreads, static: bool) -> None:
+    assert rank_threads.run(add_to_results_in_place, 2, static) == [[], []]

@@ -15,7 +15,7 @@ from moe_dispatch import (
     dispatch,
     plan_dispatch,
 )
-from moe_dispatch.testing import RankPool
+from moe_dispatch.testing import RankThreads
 from tests.support.dense import (
     Case,
     make_case,
@@ -126,7 +126,7 @@ def run_mixed_dtypes(rank: int) -> list[str]:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_sums_are_rounded_once_for_the_wire_and_once_for_the_result(
-    rank_pool: RankPool, ranks: int, dtype: torch.dtype, memory: str
+    rank_threads: RankThreads, ranks: int, dtype: torch.dtype, memory: str
 ) -> None:
     """No more than half an ulp for each: ties may go either way, and do (embedding_bag and the cast differ)."""
     torch.manual_seed(120 + ranks)
@@ -136,7 +136,7 @@ def test_sums_are_rounded_once_for_the_wire_and_once_for_the_result(
     y_TKD, weight_TK = torch.randn(num_tokens, 4, 64).to(dtype), torch.rand(num_tokens, 4)
     expert_TK = case.expert_BLK.flatten(0, 1)
     product_TKD = y_TKD.float() * weight_TK.unsqueeze(-1)
-    for rank, got in enumerate(rank_pool.run(run_rounding, ranks, case, y_TKD, weight_TK, memory)):
+    for rank, got in enumerate(rank_threads.run(run_rounding, ranks, case, y_TKD, weight_TK, memory)):
         token_t = layout.cut(layout.ids()[0])[rank].flatten()
         if not len(token_t):
             continue
@@ -150,7 +150,7 @@ def test_sums_are_rounded_once_for_the_wire_and_once_for_the_result(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("ranks", [1, 3])
-def test_sums_of_integers_are_exact(rank_pool: RankPool, ranks: int, dtype: torch.dtype) -> None:
+def test_sums_of_integers_are_exact(rank_threads: RankThreads, ranks: int, dtype: torch.dtype) -> None:
     torch.manual_seed(130 + ranks)
     layout = layouts(ranks)[0]
     case = make_case(layout, "duplicates", experts=EXPERTS[ranks][0], num_choices=4, dim=1, width=1)
@@ -161,13 +161,13 @@ def test_sums_of_integers_are_exact(rank_pool: RankPool, ranks: int, dtype: torc
     )
     sums_TD = y_TKD.double().sum(1)
     weighted_TD = (y_TKD.double() * weight_TK.double().unsqueeze(-1)).sum(1)
-    for rank, got in enumerate(rank_pool.run(run_rounding, ranks, case, y_TKD, weight_TK, "contiguous")):
+    for rank, got in enumerate(rank_threads.run(run_rounding, ranks, case, y_TKD, weight_TK, "contiguous")):
         for whole_TD, got_BlD in ((sums_TD, got.combined), (sums_TD, got.grad_x), (weighted_TD, got.weighted)):
             assert layout.cut(whole_TD.to(dtype).unflatten(0, layout.grid))[rank].equal(got_BlD), rank
         assert got.copies_are_exact, rank
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_rows_and_weights_of_any_dtypes(rank_pool: RankPool, ranks: int) -> None:
+def test_rows_and_weights_of_any_dtypes(rank_threads: RankThreads, ranks: int) -> None:
     """No token, one and two, on the last rank: one row has no stride, and bytes of rows end where weights begin."""
-    assert rank_pool.run(run_mixed_dtypes, ranks) == [[]] * ranks
+    assert rank_threads.run(run_mixed_dtypes, ranks) == [[]] * ranks

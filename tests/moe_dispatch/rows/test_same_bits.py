@@ -12,7 +12,7 @@ from moe_dispatch import (
     dispatch,
     plan_dispatch,
 )
-from moe_dispatch.testing import RankPool
+from moe_dispatch.testing import RankThreads
 from tests.support.dense import (
     Case,
     chosen_weights,
@@ -60,17 +60,17 @@ def changed_inputs(rank: int, case: Case) -> list[str]:
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_a_second_run_gives_the_same_bits(rank_pool: RankPool, ranks: int) -> None:
+def test_a_second_run_gives_the_same_bits(rank_threads: RankThreads, ranks: int) -> None:
     torch.manual_seed(90)
     cases = [
         make_case(layouts(ranks)[0], routing, experts=EXPERTS[ranks][0], num_choices=4, dim=7, width=7)
         for routing in ROUTINGS
     ]
-    assert rank_pool.run(run_twice, ranks, cases) == [[]] * ranks
+    assert rank_threads.run(run_twice, ranks, cases) == [[]] * ranks
 
 
 @pytest.mark.parametrize("order", ["BL", "LB"])
-def test_experts_see_the_same_rows_for_any_sharding(rank_pool: RankPool, order: Order) -> None:
+def test_experts_see_the_same_rows_for_any_sharding(rank_threads: RankThreads, order: Order) -> None:
     """Every rank's rows, one rank after another, are the same bits for any number of ranks and any cut."""
     torch.manual_seed(100)
     one = Layout(batch=(3,), seq=(5,), order=order)
@@ -84,7 +84,7 @@ def test_experts_see_the_same_rows_for_any_sharding(rank_pool: RankPool, order: 
     experts = [(6,), (6, 0), (1, 5), (2, 0, 4), (1, 2, 3, 0), (0, 0, 3, 3)]
     for (batch, seq), sizes in zip(cuts, experts, strict=True):
         cut = dataclasses.replace(case, layout=Layout(batch=batch, seq=seq, order=order), experts=sizes)
-        by_rank = rank_pool.run(expert_inputs, cut.layout.ranks, cut)
+        by_rank = rank_threads.run(expert_inputs, cut.layout.ranks, cut)
         for got, want in zip(map(torch.cat, zip(*by_rank, strict=True)), wanted, strict=True):
             assert got.equal(want), (batch, seq, sizes)
 
@@ -109,7 +109,7 @@ def combined(rank: int, case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor,
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("order", ["BL", "LB"])
-def test_a_token_has_the_same_bits_on_any_rank(rank_pool: RankPool, order: Order, dtype: torch.dtype) -> None:
+def test_a_token_has_the_same_bits_on_any_rank(rank_threads: RankThreads, order: Order, dtype: torch.dtype) -> None:
     """Sums run over ranks in their order, not over this rank last, though its rows do not travel."""
     torch.manual_seed(101)
     cuts = [((3,), (7, 0, 0)), ((3,), (0, 0, 7)), ((3,), (2, 4, 1)), ((1, 2, 0), (7,))]
@@ -119,14 +119,14 @@ def test_a_token_has_the_same_bits_on_any_rank(rank_pool: RankPool, order: Order
     found = []
     for batch, seq in cuts:
         case = dataclasses.replace(first, layout=Layout(batch=batch, seq=seq, order=order))
-        token_T, *rows = map(torch.cat, zip(*rank_pool.run(combined, 3, case, dtype), strict=True))
+        token_T, *rows = map(torch.cat, zip(*rank_threads.run(combined, 3, case, dtype), strict=True))
         found.append([of_rank_TD[token_T.argsort()] for of_rank_TD in rows])
     for got in found[1:]:
         assert all(map(torch.equal, got, found[0]))
 
 
 @pytest.mark.parametrize("ranks", [1, 3])
-def test_inputs_and_the_plan_are_left_as_they_were(rank_pool: RankPool, ranks: int) -> None:
+def test_inputs_and_the_plan_are_left_as_they_were(rank_threads: RankThreads, ranks: int) -> None:
     torch.manual_seed(110)
     case = make_case(layouts(ranks)[0], "holes", experts=EXPERTS[ranks][0], num_choices=2, dim=7, width=7)
-    assert rank_pool.run(changed_inputs, ranks, case) == [[]] * ranks
+    assert rank_threads.run(changed_inputs, ranks, case) == [[]] * ranks

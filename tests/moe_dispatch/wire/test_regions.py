@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_dispatch import Partition, TokenSharding, gather_tokens, place_tokens
-from moe_dispatch.testing import RankPool
+from moe_dispatch.testing import RankPool, RankThreads
 from tests.support.ranks import refusal, world
 
 
@@ -64,9 +64,22 @@ CASES = [
     for order in ("BL", "LB")
     for trailing in ((), (3,), (2, 3))
 ]
+MANY = [
+    Case(batch=batch, seq=seq, order=order)
+    for order in ("BL", "LB")
+    for batch, seq in (
+        ((2,), (3, 0, 1, 2) * 4),  # 16 ranks
+        ((1, 0, 2, 1), (3, 0, 1, 2) * 4),  # 64 ranks, as below
+        ((2,), (*[0] * 40, 9, *[0] * 23)),
+    )
+]
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+def case_id(case: Case) -> str:
+    return f"{case.ranks} ranks of {sum(case.seq)}" if case in MANY else str(case)
+
+
+@pytest.mark.parametrize("case", CASES + MANY, ids=case_id)
 def test_placed_tokens_sum_to_the_whole(case: Case) -> None:
     x_BLD, pull_BLD = case.whole(), case.whole(start=1000)
     sum_BLD = torch.zeros_like(x_BLD)
@@ -93,10 +106,10 @@ def gathered(rank: int, case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor,
     return x_BLD.detach(), x_BlD.grad, torch.equal(again_BLD, x_BLD)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_gathered_tokens_are_the_whole_and_gradients_are_summed(case: Case, rank_pool: RankPool) -> None:
+@pytest.mark.parametrize("case", CASES + MANY, ids=case_id)
+def test_gathered_tokens_are_the_whole_and_gradients_are_summed(case: Case, rank_threads: RankThreads) -> None:
     times = case.ranks * (case.ranks + 1) // 2
-    for rank, (x_BLD, grad_BlD, strided) in enumerate(rank_pool.run(gathered, case.ranks, case, torch.float64)):
+    for rank, (x_BLD, grad_BlD, strided) in enumerate(rank_threads.run(gathered, case.ranks, case, torch.float64)):
         assert torch.equal(x_BLD, case.whole())
         assert torch.equal(grad_BlD, times * case.cut(case.whole(start=10), rank))
         assert strided
@@ -105,10 +118,10 @@ def test_gathered_tokens_are_the_whole_and_gradients_are_summed(case: Case, rank
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("order", ["BL", "LB"])
 def test_gathered_tokens_keep_their_dtype(
-    dtype: torch.dtype, order: Literal["BL", "LB"], rank_pool: RankPool
+    dtype: torch.dtype, order: Literal["BL", "LB"], rank_threads: RankThreads
 ) -> None:
     case = Case(batch=(2,), seq=(3, 0, 2), order=order, trailing=(2,))  # integers up to 256 are exact in bfloat16
-    for rank, (x_BLD, grad_BlD, _) in enumerate(rank_pool.run(gathered, 3, case, dtype)):
+    for rank, (x_BLD, grad_BlD, _) in enumerate(rank_threads.run(gathered, 3, case, dtype)):
         assert x_BLD.dtype == grad_BlD.dtype == dtype
         assert torch.equal(x_BLD, case.whole().to(dtype))
         assert torch.equal(grad_BlD, (6 * case.cut(case.whole(start=10), rank)).to(dtype))

@@ -1,0 +1,72 @@
+"""Every kind of plan on 16 and 64 ranks: rows bit for bit, outputs and every gradient as in the dense layer."""
+
+import pytest
+import torch
+
+from moe_dispatch import StaticSizes
+from moe_dispatch.testing import RankThreads
+from tests.support.dense import Answer, Case, dense_answer, differences, make_case
+from tests.support.layer import Layer, failures_of, misplaced_rows
+from tests.support.layouts import Layout
+from tests.support.plans import KINDS, Kind, enough, planning
+
+SIZES = (16, 64)
+
+
+def make(name: str, ranks: int) -> Case:
+    """Shards and experts that are as unlike as so many ranks allow."""
+    alone = ranks // 3  # the rank that holds everything
+    none_before, none_behind = (0,) * alone, (0,) * (ranks - 1 - alone)
+    uneven = Layout(batch=(2,), seq=(3, 0, 1, 2) * (ranks // 4))
+    one_rank = Layout(batch=(2,), seq=(*none_before, 30, *none_behind), order="LB")
+    both_cut = Layout(batch=(1, 0, 2, 1), seq=(3, 0, 1, 2) * (ranks // 16))
+    most_in_one = Layout(batch=(1,), seq=(*[1] * (ranks - 1), 40), order="LB")
+    one_of_many = (*none_before, 4, *[1] * len(none_behind))
+    layout, routing, experts = {
+        "uneven shards": (uneven, "uniform", (1,) * ranks),
+        "both cut": (both_cut, "top_k", (2, 0, 1, 1) * (ranks // 4)),
+        "one shard of most": (most_in_one, "holes", (0, 2) * (ranks // 2)),
+        "one rank with all tokens": (one_rank, "duplicates", (1, 1, 0, 3) * (ranks // 4)),
+        "one rank with all experts": (uneven, "holes", (*none_before, 5, *none_behind)),
+        "all rows on one rank": (uneven, "one_rank", one_of_many),
+        "all rows of one rank with all tokens": (one_rank, "one_expert", (1,) * ranks),
+        "no rows at all": (uneven, "none", (1,) * ranks),
+    }[name]
+    return make_case(layout, routing, experts=experts, num_choices=3, dim=5, width=4)
+
+
+NAMES = (
+    "uneven shards",
+    "both cut",
+    "one shard of most",
+    "one rank with all tokens",
+    "one rank with all experts",
+    "all rows on one rank",
+    "all rows of one rank with all tokens",
+    "no rows at all",
+)
+
+
+def run_case(
+    rank: int, kind: Kind, sizes: StaticSizes, in_combine: tuple[bool, ...], case: Case, answer: Answer
+) -> list[str]:
+    """What differs, with the weights in combine or before it."""
+    found = []
+    with planning(kind, rank, sizes) as plan:
+        for weigh_in_combine in in_combine:
+            layer = Layer(rank, case, plan, weigh_in_combine=weigh_in_combine)
+            found += misplaced_rows(layer, rank) + differences(layer.backward(), answer.for_rank(rank, case))
+    return failures_of(case, found)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("ranks", SIZES)
+def test_every_plan_equals_the_dense_layer(rank_threads: RankThreads, ranks: int, kind: Kind, name: str) -> None:
+    torch.manual_seed(ranks)
+    case = make(name, ranks)
+    assert case.layout.ranks == len(case.experts) == ranks
+    turn = NAMES.index(name) % 2 == 0  # at 64 ranks, 0.7 s each
+    in_combine = (True, False) if ranks < 64 else (turn,)
+    found = rank_threads.run(run_case, ranks, kind, enough(case), in_combine, case, dense_answer(case))
+    assert found == [[]] * ranks
