@@ -38,7 +38,8 @@ class RankPool:
             fn: anything importable by name. Called as ``fn(*args)``, or as ``fn(rank, *args)`` where its first
                 parameter is named ``rank``: by name, as pytest passes fixtures. torch is seeded with 0 before.
             ranks: size of the default (gloo) process group. The same processes serve every case of this size,
-                so what ``fn`` leaves behind (groups, module state) is there in the next.
+                so what ``fn`` leaves behind (module state) is there in the next. Groups are not: all but the default
+                one are destroyed, also those behind a DeviceMesh.
             args: the same for every rank. Arguments and results are pickled, tensors included.
             timeout: seconds for the call. Spawning, before a size's first call, has its own limit (120 s).
 

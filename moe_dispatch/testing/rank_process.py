@@ -19,7 +19,9 @@ import torch.distributed as dist
 
 from .call import takes_rank
 from .errors import failure_of
+from .worlds import MadeGroups
 
+DESTROY_GROUPS = b"destroy the groups that the case made"  # a message to a rank, in place of a case
 OWN_FRAME = f'  File "{__file__}"'  # in a stack file: from here on it is the machinery
 
 
@@ -29,7 +31,7 @@ def stack_file(directory: str, rank: int) -> Path:
 
 
 def rank_main(rank: int, ranks: int, directory: str, connection: Connection) -> None:
-    """Join the group, then answer cases until an empty one."""
+    """Join the group, then answer messages until an empty one."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches all; the parent ends its ranks
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     with stack_file(directory, rank).open("w") as file:
@@ -37,10 +39,19 @@ def rank_main(rank: int, ranks: int, directory: str, connection: Connection) -> 
         faulthandler.register(signal.SIGUSR1, file, all_threads=False)
         with suppress(EOFError, BrokenPipeError):  # the parent died, or dropped its pool
             connection.send_bytes(_answer(rank, _join_group, rank, ranks, directory))
-            while case := connection.recv_bytes():
-                connection.send_bytes(_answer(rank, _run_case, rank, case))
             if dist.is_initialized():  # not after a start that failed
-                dist.destroy_process_group()
+                _serve(rank, connection)
+                if dist.is_initialized():  # not after a case that destroyed it
+                    dist.destroy_process_group()
+
+
+def _serve(rank: int, connection: Connection) -> None:
+    made = MadeGroups()
+    while message := connection.recv_bytes():
+        if message == DESTROY_GROUPS:
+            connection.send_bytes(_answer(rank, made.destroy))
+        else:
+            connection.send_bytes(_answer(rank, _run_case, rank, message, made))
 
 
 def _exit_with_parent() -> None:
@@ -58,11 +69,13 @@ def _join_group(rank: int, ranks: int, directory: str) -> None:
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks, timeout=limit)
 
 
-def _run_case(rank: int, case: bytes) -> Any:
+def _run_case(rank: int, case: bytes, made: MadeGroups) -> tuple[Any, bool]:
+    """The result, and whether there are groups to destroy."""
     sys.path[:], call = pickle.loads(case)
     fn, args = pickle.loads(call)
     torch.manual_seed(0)
-    return fn(rank, *args) if takes_rank(fn) else fn(*args)
+    result = fn(rank, *args) if takes_rank(fn) else fn(*args)
+    return result, made.any()
 
 
 def _answer(rank: int, work: Callable[..., Any], *args: Any) -> bytes:

@@ -12,7 +12,7 @@ from multiprocessing.context import SpawnProcess
 from typing import Any
 
 from .errors import Failure, out_of_time, rank_error
-from .rank_process import OWN_FRAME, rank_main, stack_file
+from .rank_process import DESTROY_GROUPS, OWN_FRAME, rank_main, stack_file
 
 START_SECONDS = 120.0  # to spawn: each rank imports torch, 2 s on idle cores and many times that on busy ones
 GRACE_SECONDS = 0.3  # from the first failure to the end of the case: ranks that fail alike take milliseconds
@@ -49,11 +49,18 @@ class Team:
         self._collect(f"the start of {self.size} ranks", START_SECONDS)
 
     def run(self, name: str, case: bytes, timeout: float) -> list[Any]:
-        """Every rank's result of the case."""
+        """Every rank's result of the case. The groups that it made are destroyed."""
+        answers = self._ask(case, name, timeout)
+        if any(made_groups for _, made_groups in answers):
+            # Only now: a rank that destroyed its own while a peer still used it would break the peer's connection.
+            self._ask(DESTROY_GROUPS, f"the end of {name}", timeout)
+        return [result for result, _ in answers]
+
+    def _ask(self, message: bytes, name: str, timeout: float) -> list[Any]:
         for rank, connection in enumerate(self.connections):
             self.busy.add(rank)
             with suppress(OSError):  # it died while it was idle: _collect says so
-                connection.send_bytes(case)
+                connection.send_bytes(message)
         return self._collect(name, timeout)
 
     def end(self) -> None:

@@ -5,6 +5,7 @@ registry in C++ finds groups by name, for DeviceMesh and for functional collecti
 groups of the calling thread.
 """
 
+import gc
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -85,3 +86,35 @@ def world_per_thread() -> Iterator[Worlds]:
         yield worlds
     finally:
         worlds.end()
+
+
+class MadeGroups:
+    """The groups of this process besides its default group: those that a case made, also behind a DeviceMesh."""
+
+    def __init__(self) -> None:
+        default = c10d._world.default_pg
+        assert default is not None
+        self._default, self._first_number = default, c10d._world.group_count
+        self._backend, self._store = c10d._world.pg_map[default]
+        self._num_ends = 0
+
+    def any(self) -> bool:
+        """Whether there are some, or were."""
+        return len(c10d._world.pg_map) > 1 or c10d._world.group_count != self._first_number
+
+    def destroy(self) -> None:
+        """Destroy them. Every rank calls this after all are done with the case, as often as the others.
+
+        A group has 3 threads, which end with its last reference. Objects that the case left hold it: a graph, a mesh.
+        """
+        if not dist.is_initialized():  # the case destroyed the default group too
+            return
+        for group in [group for group in c10d._world.pg_map if group is not self._default]:
+            dist.destroy_process_group(group)
+        # Ranks name the next groups by counting. They may have made more or fewer of them than their peers, so they
+        # begin anew, and under a prefix that is new: what the store has of an old group of that name is out of date.
+        self._num_ends += 1
+        c10d._world.group_count = self._first_number
+        store = registry.PrefixStore(f"after {self._num_ends}", self._store)
+        c10d._world.pg_map[self._default] = self._backend, store
+        gc.collect()
