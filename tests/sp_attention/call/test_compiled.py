@@ -66,6 +66,11 @@ def compiled(rank: int, name: str, seq: tuple[int, ...], sizes: tuple[int, ...])
 
 
 LENGTHS = [(3, 2), (4, 3), (0, 6)]
+LENGTHS_OF: dict[str, list[tuple[int, int]]] = {
+    "causal": LENGTHS[:2],  # each compiles anew, and the block above has an empty shard
+    "other numbers": LENGTHS,
+    "documents": LENGTHS,
+}
 
 
 def options_of(name: str, batch: int, length: int) -> dict[str, Any]:
@@ -104,7 +109,7 @@ def over_lengths(rank: int, name: str, dynamic: bool | None) -> list[str]:
     block = SelfAttention()
     compiled = torch.compile(block, fullgraph=name != "documents", backend="aot_eager", dynamic=dynamic)
     failures = []
-    for seq in LENGTHS:
+    for seq in LENGTHS_OF[name]:
         sharding = TokenSharding(batch=batch, seq=Partition(seq))
         options = options_of(name, batch, sum(seq))
         x_BlD = share(torch.randn(batch, sum(seq), 5, dtype=torch.float64), seq, "BL", rank)
