@@ -1,6 +1,8 @@
 """Environment variables of ranks that a launcher started."""
 
+import random
 import socket
+from contextlib import ExitStack, suppress
 
 TORCHRUN = {
     "RANK": "1",
@@ -14,7 +16,16 @@ SLURM = {"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_LOCALID": "1"} | {
 }
 
 
-def free_port() -> str:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
+BELOW_EPHEMERAL = range(20000, 32768)  # where Linux gives no port to whoever asks for any, as gloo does
+
+
+def free_ports(number: int) -> list[str]:
+    """Ports that nobody listens on, nor will by chance before the test does."""
+    draw, ports = random.SystemRandom(), list[str]()
+    with ExitStack() as sockets:
+        while len(ports) < number:
+            one = sockets.enter_context(socket.socket())
+            with suppress(OSError):  # in use
+                one.bind(("127.0.0.1", draw.choice(BELOW_EPHEMERAL)))
+                ports.append(str(one.getsockname()[1]))
+    return ports

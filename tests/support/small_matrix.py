@@ -42,6 +42,6 @@ def row(name: str, **values) -> RowConfig:
     return RowConfig(**{"name": name, "batch": 3, "seq": 17, "heads": 2, **values})
 
 
-def small_config(*rows: RowConfig, dtypes: tuple[str, ...] = ("float64",)) -> ValidateConfig:
+def small_config(*rows: RowConfig, ranks: int = 4, dtypes: tuple[str, ...] = ("float64",)) -> ValidateConfig:
     config = load_config(CONFIGS / "validate" / "tiny.toml")
-    return replace(config, ranks=4, rows=rows, dtypes=dtypes)
+    return replace(config, ranks=ranks, rows=rows, dtypes=dtypes)

@@ -4,6 +4,7 @@ import ctypes
 import gc
 import os
 import re
+import threading
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -19,7 +20,7 @@ ALLOCATOR = (
     ("MALLOC_TOP_PAD_", "67108864"),
     ("MALLOC_ARENA_MAX", "1"),
 )
-LOOKS, LOOK_SECONDS = 3, 0.02
+LOOK_SECONDS, MOST_LOOKS = 0.005, 400
 
 
 def allocator_in_force() -> tuple[str, ...]:
@@ -72,14 +73,35 @@ def _status_bytes(key: str) -> int:
 
 
 def _live_storages() -> dict[int, int]:
-    """Address -> bytes of every storage that a tensor in Python has, and still has a moment later: a backend's thread
-    may hold the buffers of a collective that is over."""
-    looks = []
-    for _ in range(LOOKS):
-        gc.collect()
-        looks.append(_storages(thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)))
+    """Address -> bytes of every storage that a tensor in Python has."""
+    _let_threads_finish()
+    gc.collect()
+    return _storages(thing for thing in gc.get_objects() if issubclass(type(thing), Tensor))
+
+
+def _let_threads_finish() -> None:
+    """Wait until the other threads of this process have nothing to do, at two looks in a row.
+
+    A backend's thread holds the buffers of a collective that is over until it has run again, which takes long on a
+    busy machine.
+    """
+    idle = 0
+    for _ in range(MOST_LOOKS):
         time.sleep(LOOK_SECONDS)
-    return {storage: size for storage, size in looks[-1].items() if all(storage in look for look in looks)}
+        idle = 0 if _others_run() else idle + 1
+        if idle == 2:
+            return
+
+
+def _others_run() -> bool:
+    """Whether another thread of this process runs, or would if it had a core; False where Linux does not say."""
+    with suppress(OSError):  # no /proc
+        for task in Path("/proc/self/task").iterdir():
+            with suppress(FileNotFoundError, ProcessLookupError):  # it ended
+                state = (task / "stat").read_text().rpartition(") ")[2][:1]
+                if state == "R" and int(task.name) != threading.get_native_id():
+                    return True
+    return False
 
 
 def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:

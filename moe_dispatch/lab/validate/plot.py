@@ -25,7 +25,7 @@ def write_plot(path: Path, rows: Sequence[RowResult]) -> None:
         curves, layout = figure.subfigures(2, 1, squeeze=False, height_ratios=(5, 3.6))[:, 0]
         _draw_curves(curves, finished)
         tokens, traffic = layout.subplots(1, 2, width_ratios=(2.3, 1))
-        row = _most_spread(finished)
+        row = most_spread(finished)
         _draw_tokens(tokens, row)
         _draw_traffic(traffic, row)
     else:
@@ -85,7 +85,7 @@ def _draw_tolerance(axes: Axes, rows: Sequence[RowResult]) -> None:
         )
 
 
-def _most_spread(rows: Sequence[RowResult]) -> RowResult:
+def most_spread(rows: Sequence[RowResult]) -> RowResult:
     """The row that shows most: B > 1, many ranks, tokens cut both ways, every rank sending to every other."""
 
     def spread(row: RowResult) -> tuple[bool, int, bool, int]:

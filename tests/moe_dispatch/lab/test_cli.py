@@ -42,8 +42,17 @@ def test_a_missing_extra_is_told_with_the_command_that_installs_it(
     assert capsys.readouterr().err == message
 
 
-def test_importing_the_library_or_the_command_line_imports_no_extra() -> None:
-    code = "import sys, moe_dispatch.lab.cli; print({'pydantic', 'rich', 'matplotlib'} & set(sys.modules))"
+def test_parsing_the_command_line_imports_no_extra() -> None:
+    code = """
+import contextlib, io, sys
+from moe_dispatch.lab.cli import main
+for command in ("validate", "bench", "plan"):
+    for argv in ([command, "--help"], [command, "--no-such-option"]):
+        with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()), \
+                contextlib.redirect_stderr(io.StringIO()):
+            main(argv)
+print({"pydantic", "rich", "matplotlib"} & set(sys.modules))
+"""
     found = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True
     )

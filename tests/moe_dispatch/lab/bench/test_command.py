@@ -11,6 +11,7 @@ import torch
 from moe_dispatch.lab import cli
 from moe_dispatch.lab.bench import command
 from moe_dispatch.lab.bench.memory import ALLOCATOR
+from moe_dispatch.testing import RankThreads
 
 ADAPTERS = "tests.support.adapters"
 PNG = b"\x89PNG"
@@ -50,7 +51,10 @@ def test_a_run_prints_a_table_and_writes_json_and_a_plot(tmp_path: Path, capsys:
         ("Raises", r"\n  broke off: measure failed on \d of 2 ranks[\s\S]*no such kernel"),
     ],
 )
-def test_a_wrong_contender_fails_the_run(adapter: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_contender_fails_the_run(
+    adapter: str, told: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "RankPool", RankThreads)  # which cost no time to start
     argv = ["bench", "bench_tiny", "--repeat", "1", "--workloads", "even", "--adapter", f"{ADAPTERS}:{adapter}"]
     assert cli.main(argv) == 1
     assert re.search(told, capsys.readouterr().out)

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from moe_dispatch.lab.desk.launch import JoinedRanks, SpawnedRanks, find_ranks
-from tests.support.launches import SLURM, TORCHRUN, free_port
+from tests.support.launches import SLURM, TORCHRUN, free_ports
 
 
 def test_without_a_launcher_ranks_are_spawned() -> None:
@@ -24,7 +24,7 @@ def test_the_ranks_of_a_launcher_are_joined(environment: dict[str, str]) -> None
 
 
 def test_a_joined_rank_is_in_the_process_group_while_the_context_lasts(monkeypatch: pytest.MonkeyPatch) -> None:
-    alone = TORCHRUN | {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": free_port()}
+    alone = TORCHRUN | {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": free_ports(1)[0]}
     for name, value in alone.items():
         monkeypatch.setenv(name, value)
     with find_ranks(os.environ, size=1, timeout=5) as ranks:

@@ -39,6 +39,11 @@ def test_configs_of_a_wheel_come_before_those_of_a_checkout(tmp_path: Path, monk
     assert find_config("other", tool="validate") == checkout / "validate/other.toml"
 
 
+@pytest.mark.parametrize("name", ["mixtral_8x7b", "mixtral_8x7b.toml", "configs/plan/mixtral_8x7b"])
+def test_a_packaged_plan_is_found_by_any_of_its_names(name: str) -> None:
+    assert find_config(name, tool="plan", what="plan") == ROOT / "configs" / "plan" / "mixtral_8x7b.toml"
+
+
 def test_each_tool_finds_its_own_configs_only() -> None:
     """``moe-dispatch bench tiny`` does not run a config of ``validate``."""
     assert find_config("configs/bench_tiny.toml", tool="bench") == ROOT / "configs" / "bench" / "bench_tiny.toml"

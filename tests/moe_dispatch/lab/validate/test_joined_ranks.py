@@ -4,23 +4,27 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
-from tests.support.configs import ROOT
-from tests.support.launches import TORCHRUN, free_port
+import pytest
 
+from tests.support.configs import ROOT
+from tests.support.launches import TORCHRUN, free_ports
+
+# Two commands, as it takes seconds to start a process. The first ends well; in the second, rank 1 fails.
 JOINED = """
-import sys, torch
+import os, sys, torch
 import torch.distributed as dist
 from dataclasses import replace
 from moe_dispatch.lab.cli import main
 from moe_dispatch.lab.validate import matrix
 from tests.support.made_up_results import AGREEING
 
+good, bad, other_port = sys.argv[1:]
+
 def run_row(config, row, dtype, text, reference, mutant):
-    if "--rows" in sys.argv and dist.get_rank() == 1:
+    if os.environ["MASTER_PORT"] == other_port and dist.get_rank() == 1:
         raise RuntimeError("rank 1 fails")
     total = torch.ones(())
     dist.all_reduce(total)
@@ -28,17 +32,32 @@ def run_row(config, row, dtype, text, reference, mutant):
 
 matrix.run_reference = lambda *_: None
 matrix.run_row = run_row
-sys.exit(main(sys.argv[1:]))
+print("status", main(["validate", "tiny", "--json", good]), flush=True)
+print("second", file=sys.stderr, flush=True)
+os.environ["MASTER_PORT"] = other_port
+sys.exit(main(["validate", "tiny", "--rows", "TP2 + EP2", "--json", bad]))
 """
 
 
-@contextmanager
-def two_processes(argv: list[str]) -> Iterator[list[tuple[int, str, str]]]:
-    """(status, stdout, stderr) of two ranks that run JOINED, as torchrun would start them."""
-    port = free_port()
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """What two ranks printed, and where they wrote. ``first`` and ``second`` are (stdout, stderr) of each rank."""
+
+    first: list[tuple[str, str]]
+    second: list[tuple[str, str]]
+    statuses: list[int]
+    good: Path
+    bad: Path
+
+
+@pytest.fixture(scope="module")
+def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
+    """Two ranks that run JOINED, as torchrun would start them."""
+    good, bad = (tmp_path_factory.mktemp(name) / "out.json" for name in ("good", "bad"))
+    port, other_port = free_ports(2)
     processes = [
         subprocess.Popen(
-            [sys.executable, "-W", "error", "-c", JOINED, *argv],
+            [sys.executable, "-W", "error", "-c", JOINED, str(good), str(bad), other_port],
             cwd=ROOT,
             env=os.environ | TORCHRUN | {"MASTER_PORT": port, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
@@ -49,27 +68,30 @@ def two_processes(argv: list[str]) -> Iterator[list[tuple[int, str, str]]]:
     ]
     try:
         outputs = [process.communicate(timeout=120) for process in processes]
-        yield [(process.returncode, *output) for process, output in zip(processes, outputs, strict=True)]
     finally:
         for process in processes:
             process.kill()
+    parts = [(out.partition("status 0\n"), err.partition("second\n")) for out, err in outputs]
+    assert all(mark for part in parts for _, mark, _ in part), outputs
+    return Launch(
+        first=[(out[0], err[0]) for out, err in parts],
+        second=[(out[2], err[2]) for out, err in parts],
+        statuses=[process.returncode for process in processes],
+        good=good,
+        bad=bad,
+    )
 
 
-def test_joined_ranks_run_together_and_only_the_main_one_tells(tmp_path: Path) -> None:
-    with two_processes(["validate", "tiny", "--json", str(tmp_path / "out.json")]) as (
-        (main, out, err),
-        other,
-    ):
-        assert main == 0, err
-        assert out.count("TP2 + EP2 on 2 ranks") == 2
-        assert len(err.splitlines()) == 6
-        assert other == (0, "", "")
-        assert json.loads((tmp_path / "out.json").read_text())["passed"]
+def test_joined_ranks_run_together_and_only_the_main_one_tells(launch: Launch) -> None:
+    (out, err), other = launch.first
+    assert out.count("TP2 + EP2 on 2 ranks") == 2
+    assert len(err.splitlines()) == 6
+    assert other == ("", "")
+    assert json.loads(launch.good.read_text())["passed"]
 
 
-def test_an_exception_on_one_joined_rank_ends_all_with_status_1(tmp_path: Path) -> None:
-    argv = ["validate", "tiny", "--rows", "TP2 + EP2", "--json", str(tmp_path / "out.json")]
-    with two_processes(argv) as ((main, out, _), (other, _, err)):
-        assert (main, other, out) == (1, 1, "")
-        assert "RuntimeError: rank 1 fails" in err
-        assert os.listdir(tmp_path) == []
+def test_an_exception_on_one_joined_rank_ends_all_with_status_1(launch: Launch) -> None:
+    (out, _), (_, err) = launch.second
+    assert (launch.statuses, out) == ([1, 1], "")
+    assert "RuntimeError: rank 1 fails" in err
+    assert os.listdir(launch.bad.parent) == []

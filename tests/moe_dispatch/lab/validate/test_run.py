@@ -65,8 +65,8 @@ def test_the_reference_of_one_process_learns_and_is_reproducible() -> None:
 
 
 def run_row_with_one_rank_out_of_order(rank: int, config: ValidateConfig, row: RowConfig, *args: Any) -> RowResult:
-    """Rank 2 fails in the first row, in the middle of it."""
-    out_of_order = rank == 2 and row.name == config.rows[0].name
+    """Rank 1 fails in the first row, in the middle of it."""
+    out_of_order = rank == 1 and row.name == config.rows[0].name
     broken = patch.object(run, "gather_tokens", side_effect=RuntimeError("this rank is out of order"))
     with broken if out_of_order else nullcontext():
         return run_row(config, row, *args)
@@ -79,11 +79,11 @@ class OneRankOutOfOrder(PoolRanks):
 
 
 def test_a_row_that_breaks_off_is_told_and_the_next_one_runs(rank_pool: RankPool) -> None:
-    config = small_config(ROWS[1], ROWS[2])
-    ranks = OneRankOutOfOrder(rank_pool, 4)
+    config = small_config(row("tp2 ep2", tp=2, ep=2), row("sp2 ep2", sp=2, ep=2), ranks=2)
+    ranks = OneRankOutOfOrder(rank_pool, 2)
     found = run_matrix(config, config.rows, default_text(), mutant="", ranks=ranks, watcher=QuietWatcher())
     broken, next_row = found.rows
-    assert "rank 2 raised" in broken.error
+    assert "rank 1 raised" in broken.error
     assert "this rank is out of order" in broken.error
     assert not broken.agrees
     assert next_row.agrees
