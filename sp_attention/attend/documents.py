@@ -1,14 +1,14 @@
 """Packed sequences: documents end to end, with padding between them or without."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .dropout import Dropout
+from ..dtypes import is_integer
 from .empty import attend_or_zeros, zeros
 
 
@@ -28,49 +28,42 @@ class Documents:
 
     @classmethod
     def read(
-        cls,
-        cu_seqlens: Tensor | None,
-        cu_seqlens_padded: Tensor | None,
-        batch: int,
-        lengths: tuple[int, int],
+        cls, cu_seqlens: Tensor | None, cu_seqlens_padded: Tensor | None, batch: int, lengths: tuple[int, int]
     ) -> tuple["Documents | None", str]:
-        """The documents of such a call, and what is wrong with them; empty where nothing is."""
+        """The one reader of cu_seqlens: a host sync unless they are on the CPU.
+
+        Args:
+            cu_seqlens, cu_seqlens_padded: as the caller passed them; any integer dtype.
+            batch, lengths: B and (L, L_kv).
+
+        Returns:
+            The documents, and what is wrong with them, empty where nothing is. None and nothing wrong where neither
+            was passed.
+        """
+        if cu_seqlens is None and cu_seqlens_padded is None:
+            return None, ""
         if cu_seqlens is None:
             return (
                 None,
                 "cu_seqlens_padded without cu_seqlens; pass both, or cu_seqlens alone where nothing is padded",
             )
-        if problem := cls.problem_of_tensors(cu_seqlens, cu_seqlens_padded):
-            return None, problem
-        documents = cls.of(cu_seqlens, cu_seqlens_padded)
-        return documents, documents.problem(batch, lengths)
-
-    @classmethod
-    def of(cls, cu_seqlens: Tensor, cu_seqlens_padded: Tensor | None) -> "Documents":
-        """Read the tensors: a host sync unless they are on the CPU."""
-        ends = tuple(cu_seqlens.tolist())
-        padded = cu_seqlens_padded is not None
-        return cls(ends, tuple(cu_seqlens_padded.tolist()) if padded else ends, padded)
-
-    @staticmethod
-    def problem_of_tensors(cu_seqlens: Tensor, cu_seqlens_padded: Tensor | None) -> str:
-        """What is wrong with them before they are read; empty where nothing is."""
         for name, x in (("cu_seqlens", cu_seqlens), ("cu_seqlens_padded", cu_seqlens_padded)):
-            if x is not None and (
-                not isinstance(x, Tensor) or x.ndim != 1 or x.dtype not in (torch.int32, torch.int64)
-            ):
+            if x is not None and (not isinstance(x, Tensor) or x.ndim != 1 or not is_integer(x)):
                 got = f"{tuple(x.shape)} of {x.dtype}" if isinstance(x, Tensor) else f"{type(x).__name__}"
-                return f"{name} is {got}; it has to be a tensor (documents + 1,) of int32 or int64"
-        return ""
+                return None, f"{name} is {got}; it has to be a tensor (documents + 1,) of ints"
+        ends = tuple(cu_seqlens.tolist())
+        starts = ends if cu_seqlens_padded is None else tuple(cu_seqlens_padded.tolist())
+        documents = cls(ends, starts, cu_seqlens_padded is not None)
+        return documents, documents._problem(batch, lengths)
 
     @property
     def spans(self) -> tuple[tuple[int, int], ...]:
-        """(start, end) of the real tokens of each document."""
+        """(start, end) of the real tokens of each document, places in the packed sequence."""
         lengths = (end - start for start, end in pairwise(self.ends))
         return tuple((start, start + length) for start, length in zip(self.starts, lengths, strict=False))
 
-    def problem(self, batch: int, lengths: tuple[int, int]) -> str:
-        """What is wrong with them for such a call; empty where nothing is."""
+    def _problem(self, batch: int, lengths: tuple[int, int]) -> str:
+        """What is wrong with them for tensors of these sizes; empty where nothing is."""
         if batch > 1 or lengths[0] != lengths[1]:
             return (
                 f"documents in a batch of {batch} with {lengths[0]} queries and {lengths[1]} keys; pack them into "
@@ -100,8 +93,14 @@ def attend_documents(
     v_BLgH: Tensor,
     options: Mapping[str, Any],
     documents: Documents,
+    options_of_document: Callable[[Mapping[str, Any], int, int], dict[str, Any]],
 ) -> Tensor:
     """``attend`` within each document; 0 at padding.
+
+    Args:
+        options: as ``attend`` takes them, for the whole sequence.
+        documents: where they lie.
+        options_of_document: of the options, those of the places from a start to an end.
 
     Padding takes no part: it is cut away before, so that nothing it holds, NaN included, can reach a result or a
     gradient. The memory is that of the longest document.
@@ -112,22 +111,8 @@ def attend_documents(
     pieces = []
     for (start, end), gap, q_BsnH, k_BsgH, v_BsgH in zip(documents.spans, sizes[:-1:2], *parts, strict=True):
         pieces.append(zeros(gap, q_BLnH, v_BLgH))
-        pieces.append(attend_or_zeros(attend, q_BsnH, k_BsgH, v_BsgH, _of_document(options, start, end)))
+        pieces.append(attend_or_zeros(attend, q_BsnH, k_BsgH, v_BsgH, options_of_document(options, start, end)))
     pieces.append(zeros(sizes[-1], q_BLnH, v_BLgH))
     # An empty piece that is in the graph even where there is no document.
     pieces.append(attend_or_zeros(attend, q_BLnH[:, :0], k_BLgH[:, :0], v_BLgH[:, :0], options))
     return torch.cat(pieces, dim=1)
-
-
-def _of_document(options: Mapping[str, Any], start: int, end: int) -> dict[str, Any]:
-    """The options as they are for queries and keys ``start`` to ``end``."""
-    cut = dict(options)
-    if "attn_mask" in cut:
-        for dim in (2, 3):
-            if cut["attn_mask"].shape[dim] > 1:
-                cut["attn_mask"] = cut["attn_mask"].narrow(dim, start, end - start)
-    if "key_padding_mask" in cut:
-        cut["key_padding_mask"] = cut["key_padding_mask"][:, start:end]
-    if isinstance(cut.get("dropout"), Dropout):
-        cut["dropout"] = replace(cut["dropout"], first_query=start, first_key=start)
-    return cut

@@ -1,9 +1,18 @@
-"""Dropout whose pattern does not depend on who computes it."""
+"""Dropout whose pattern does not depend on who computes it.
+
+The seed is drawn here and used here. Between, the ranks have to get the same one: that of the group's first rank goes
+with the queries, in a header that their exchange has anyway (call/words.py).
+"""
 
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+
+def draw_seed(device: torch.device) -> Tensor:
+    """() int64 from the random state of this process. No copy from the host: it would wait for it in every layer."""
+    return torch.randint(torch.iinfo(torch.int64).max, (), dtype=torch.int64, device=device)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -50,16 +50,10 @@ def shift_labels(
 def documents_of(
     cu_seqlens: Tensor | None, cu_seqlens_padded: Tensor | None, shape: tuple[int, int]
 ) -> Documents | None:
-    """The documents of a batch of ``shape``, or ValueError."""
-    if cu_seqlens is None:
-        if cu_seqlens_padded is not None:
-            raise ValueError("cu_seqlens_padded without cu_seqlens; the real lengths have to be given too")
-        return None
-    for x in (cu_seqlens, cu_seqlens_padded):
-        if x is not None and (x.ndim != 1 or not is_integer(x)):
-            raise ValueError(f"cu_seqlens are {tuple(x.shape)} of {x.dtype}; they have to be (documents + 1,) ints")
-    documents = Documents.of(cu_seqlens, cu_seqlens_padded)
-    if problem := documents.problem(shape[0], (shape[1], shape[1])):
+    """The documents of a batch of ``shape`` (B, L), or ValueError. None if it is not packed."""
+    batch, length = shape
+    documents, problem = Documents.read(cu_seqlens, cu_seqlens_padded, batch, (length, length))
+    if problem:
         raise ValueError(problem)
     return documents
 

@@ -16,20 +16,14 @@ from moe_dispatch.internals import check_group, digest
 from ..attend.documents import Documents
 from ..attend.dropout import mix
 from ..dtypes import is_integer
+from ..wire.exchange import check_sharding
 from ..wire.order import in_order
 from .batch import Batch, ShardedBatch
 from .labels import default_positions, document_of_place, documents_of, shift_labels
 from .masks import BatchMask
 
-TENSORS = (
-    "token_BL",
-    "target_BL",
-    "loss_mask_BL",
-    "position_BL",
-    "attention_mask",
-    "cu_seqlens",
-    "cu_seqlens_padded",
-)
+TENSORS_OF_TOKENS = ("token_BL", "target_BL", "loss_mask_BL", "position_BL", "attention_mask")
+TENSORS = (*TENSORS_OF_TOKENS, "cu_seqlens", "cu_seqlens_padded")
 LONGEST_FACT = 100  # characters: then the facts of all fit in one sentence between ranks
 
 
@@ -50,8 +44,8 @@ def shard_batch(batch: Batch, *, sharding: TokenSharding, group: dist.ProcessGro
     check_group(group, group.size() if isinstance(group, dist.ProcessGroup) else 0, "the batch")
     facts, problem, sharded, cause = "", "", None, None
     try:
-        _check_types(batch, sharding)
-        check_group(group, sharding.num_ranks, "the token sharding")
+        _check_types(batch)
+        check_sharding(sharding, group)
         completed = CompletedBatch.of(batch, sharding)
         facts = completed.facts(sharding, batch.ignore_index)
         sharded = completed.part(batch, sharding, group.rank())
@@ -89,7 +83,6 @@ class CompletedBatch:
     def of(cls, batch: Batch, sharding: TokenSharding) -> "CompletedBatch":
         """Complete the batch, or raise ValueError for what is wrong with it."""
         shape = (sharding.batch.total, sharding.seq.total)
-        _check_sharding(sharding)
         _check_fields(batch, shape)
         mask = BatchMask.of(batch.attention_mask, shape)
         documents = documents_of(batch.cu_seqlens, batch.cu_seqlens_padded, shape)
@@ -170,11 +163,11 @@ def shortened(text: str) -> str:
     return text if len(text) <= LONGEST_FACT else f"{text[: LONGEST_FACT - 12]}... {digest(text):08x}"
 
 
-def _check_types(batch: Batch, sharding: TokenSharding) -> None:
-    for name, value, kind in (("batch", batch, Batch), ("sharding", sharding, TokenSharding)):
-        if not isinstance(value, kind):
-            raise ValueError(f"{name} is {type(value).__name__}; it has to be a {kind.__name__}")
-    for name in TENSORS:
+def _check_types(batch: Batch) -> None:
+    """Of all but the documents, which have their own reader."""
+    if not isinstance(batch, Batch):
+        raise ValueError(f"batch is {type(batch).__name__}; it has to be a Batch")
+    for name in TENSORS_OF_TOKENS:
         value = getattr(batch, name)
         if not isinstance(value, Tensor) and (value is not None or name == "token_BL"):
             raise ValueError(f"{name} is {type(value).__name__}; it has to be a tensor")
@@ -186,15 +179,6 @@ def _device_of(batch: Batch) -> torch.device:
     """Where the batch is; the CPU where it holds no tensor."""
     fields = (getattr(batch, name, None) for name in TENSORS)
     return next((x.device for x in fields if isinstance(x, Tensor)), torch.device("cpu"))
-
-
-def _check_sharding(sharding: TokenSharding) -> None:
-    if len(sharding.batch) != 1:
-        raise ValueError(
-            f"the batch is cut into {sharding.batch.sizes}, but masks and documents are those of whole rows; "
-            "describe the one row of the mesh that this group is: batch=<its rows>, an int"
-        )
-    sharding.check_whole("shard_batch")
 
 
 def _check_fields(batch: Batch, shape: tuple[int, int]) -> None:

@@ -101,6 +101,16 @@ class AttentionInputs:
         return q_shape, k_shape, (*kv_local, self.heads.num_kv, self.v_BlGH.shape[3])
 
     @property
+    def first_head(self) -> int:
+        """The global number of this rank's first query head."""
+        return self.heads.query.offsets[self.rank]
+
+    @property
+    def num_heads(self) -> int:
+        """How many query heads this rank attends with."""
+        return self.heads.query.sizes[self.rank]
+
+    @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.q_BlNH, self.k_BlGH, self.v_BlGH
 

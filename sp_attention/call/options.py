@@ -1,7 +1,10 @@
-"""The options of one call: what was given, whether ``attend`` can honour it, and this rank's heads of it."""
+"""The options of one call: what was given, whether ``attend`` can honour it, and what is said and passed of it.
+
+What differs from option to option is in option_records.py. This file knows none by name.
+"""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,35 +12,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..attend.documents import Documents
-from ..attend.dropout import Dropout
-from .checks import is_number
-from .inputs import AttentionInputs, constants
+from ..attend.dropout import draw_seed
+from .inputs import AttentionInputs
+from .option_records import OPTIONS, Option
+
+Given = Sequence[tuple[Option, Any]]  # options that ask for something, each with the value that the caller passed
 
 
-def given_options(
-    *,
-    is_causal: bool,
-    window: tuple[int, int] | None,
-    scale: float | None,
-    attn_mask: Tensor | None,
-    key_padding_mask: Tensor | None,
-    sinks_N: Tensor | None,
-    dropout_p: float,
-) -> dict[str, Any]:
-    """Those that ask for something, by the names that ``attend`` knows them by, as the caller gave them."""
-    options = {
-        "is_causal": None if is_causal is False else is_causal,
-        "window": window,
-        "scale": scale,
-        "attn_mask": attn_mask,
-        "key_padding_mask": key_padding_mask,
-        "sinks_n": sinks_N,
-        "dropout": None if is_number(dropout_p) and dropout_p == 0 else dropout_p,
-    }
-    return {name: value for name, value in options.items() if value is not None}
+def given_options(**value_of_name: Any) -> Given:
+    """Those that ask for something, by the names of ``ulysses_attention``."""
+    return [(option, value_of_name[option.name]) for option in OPTIONS if option.is_given(value_of_name[option.name])]
 
 
-def problem_of_attend(attend: Callable[..., Tensor], options: Mapping[str, Any]) -> str:
+def problem_of_attend(attend: Callable[..., Tensor], given: Given) -> str:
     """Why ``attend`` cannot honour every option; empty where it can. An option is honoured or refused, never
     ignored."""
     if attend is F.scaled_dot_product_attention:
@@ -51,7 +38,7 @@ def problem_of_attend(attend: Callable[..., Tensor], options: Mapping[str, Any])
         return f"attend is {attend!r}, whose arguments cannot be seen; pass a function attend(q, k, v, **options)"
     if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
         return ""
-    ignored = [name for name in options if name not in parameters]
+    ignored = [option.name_in_attend for option, _ in given if option.name_in_attend not in parameters]
     if ignored:
         return (
             f"attend {getattr(attend, '__name__', attend)!r} takes no {', '.join(ignored)}; give it arguments of "
@@ -60,42 +47,49 @@ def problem_of_attend(attend: Callable[..., Tensor], options: Mapping[str, Any])
     return ""
 
 
-def of_my_heads(options: Mapping[str, Any], seed: Tensor, inputs: AttentionInputs) -> dict[str, Any]:
-    """The options with this rank's heads of whatever has a head dimension; masks with all four; dropout with its
-    seed."""
-    mine = dict(options)
-    first, size = inputs.heads.query.offsets[inputs.rank], inputs.heads.query.sizes[inputs.rank]
-    if "attn_mask" in mine:
-        mask = mine["attn_mask"]
-        mask = mask[(None,) * (4 - mask.ndim)]
-        mine["attn_mask"] = mask.narrow(1, first, size) if mask.shape[1] > 1 else mask
-    if "sinks_n" in mine:
-        mine["sinks_n"] = mine["sinks_n"].narrow(0, first, size)
-    if "dropout" in mine:
-        mine["dropout"] = Dropout(p=mine["dropout"], first_head=first, seed=seed)
-    return mine
+def problem_of_options(given: Given, inputs: AttentionInputs) -> str:
+    """What is wrong with the first option that has something wrong; empty where nothing is."""
+    for option, value in given:
+        if problem := option.problem(value, inputs):
+            return problem
+    return ""
 
 
-def facts_of(inputs: AttentionInputs, options: Mapping[str, Any], documents: Documents | None) -> str:
-    """What the ranks have to agree about."""
-    learned = [value for value in options.values() if isinstance(value, Tensor)]
+def facts_of_call(inputs: AttentionInputs, given: Given, documents: Documents | None) -> str:
+    """What all ranks have to agree on, as text."""
+    learned = [value for _, value in given if isinstance(value, Tensor)]
     # A rank that takes no part in backward, of the exchange there or of the one back, would leave its peers waiting.
     of_tensors, of_options = (
         torch.is_grad_enabled() and any(x.requires_grad for x in tensors) for tensors in (inputs.tensors, learned)
     )
-    words = [inputs.facts, described(options), f"{documents or 'one document'}"]
-    return "; ".join([*words, f"gradients of q, k or v {of_tensors}, of options {of_options}"])
+    of_given = ", ".join([f"{option.name_in_attend} {option.fact(value)}" for option, value in given])
+    return (
+        f"{inputs.facts}; {of_given}; {documents or 'one document'}; gradients of q, k or v {of_tensors}, of options "
+        f"{of_options}"
+    )
 
 
-def described(options: Mapping[str, Any]) -> str:
-    """The options as text: values where they are short, shapes and dtypes where they are tensors. All of them are
-    numbers here, also while torch.compile traces: see :func:`constants`."""
-    words = []
-    for name, value in options.items():
-        if isinstance(value, Tensor):
-            words.append(f"{name} {constants(value.shape)} of {value.dtype}")
-        elif isinstance(value, bool):
-            words.append(f"{name} {value}")
-        else:
-            words.append(f"{name} {float(value) if is_number(value) else constants(value)}")
-    return ", ".join(words)
+def seed_of(given: Given, device: torch.device) -> Tensor:
+    """() int64: a random number where an option is drawn, else 0; then no random state moves."""
+    if any(option.is_drawn for option, _ in given):
+        return draw_seed(device)
+    return torch.zeros((), dtype=torch.int64, device=device)
+
+
+def options_of_my_heads(given: Given, inputs: AttentionInputs, seed: Tensor) -> dict[str, Any]:
+    """The options as ``attend`` takes them on this rank.
+
+    Args:
+        seed: () int64, the same on every rank.
+    """
+    return {option.name_in_attend: option.of_heads(value, inputs, seed) for option, value in given}
+
+
+def options_of_document(options: Mapping[str, Any], start: int, end: int) -> dict[str, Any]:
+    """What :func:`options_of_my_heads` gave, as ``attend`` takes it for queries and keys from place ``start`` to
+    ``end``."""
+    cut = dict(options)
+    for option in OPTIONS:
+        if option.name_in_attend in cut:
+            cut[option.name_in_attend] = option.of_document(cut[option.name_in_attend], start, end)
+    return cut

@@ -20,9 +20,17 @@ from moe_dispatch.internals import Statement
 from ..attend.default import scaled_dot_product
 from ..attend.documents import Documents, attend_documents
 from ..attend.empty import attend_or_zeros, zeros
-from .checks import problem_of
 from .inputs import AttentionInputs
-from .options import facts_of, given_options, of_my_heads, problem_of_attend
+from .options import (
+    Given,
+    facts_of_call,
+    given_options,
+    options_of_document,
+    options_of_my_heads,
+    problem_of_attend,
+    problem_of_options,
+    seed_of,
+)
 from .words import inputs_to_heads, output_to_tokens
 
 Attend = Callable[..., Tensor]
@@ -100,7 +108,7 @@ def ulysses_attention(
             group that cannot be.
             On CUDA the peers of the rank that is wrong have a device assertion instead, and in compiled code all.
     """
-    options = given_options(
+    given = given_options(
         is_causal=is_causal,
         window=window,
         scale=scale,
@@ -113,9 +121,9 @@ def ulysses_attention(
     attend = attend or scaled_dot_product
     if cu_seqlens is None and cu_seqlens_padded is None:
         inputs = AttentionInputs.of(*tensors, *shardings, heads, group)
-        return _attend_over_ranks(inputs, attend, options)
+        return _attend_over_ranks(inputs, attend, given)
     return _attend_documents_over_ranks(
-        tensors, shardings, heads, group, attend, options, cu_seqlens, cu_seqlens_padded
+        tensors, shardings, heads, group, attend, given, cu_seqlens, cu_seqlens_padded
     )
 
 
@@ -126,19 +134,19 @@ def _attend_documents_over_ranks(
     heads: Partition | None,
     group: dist.ProcessGroup,
     attend: Attend,
-    options: Mapping[str, Any],
+    given: Given,
     cu_seqlens: Tensor | None,
     cu_seqlens_padded: Tensor | None,
 ) -> Tensor:
     inputs = AttentionInputs.of(*tensors, *shardings, heads, group)
     documents, problem = Documents.read(cu_seqlens, cu_seqlens_padded, inputs.sharding.batch.total, inputs.lengths)
-    return _attend_over_ranks(inputs, attend, options, documents, problem)
+    return _attend_over_ranks(inputs, attend, given, documents, problem)
 
 
 def _attend_over_ranks(
     inputs: AttentionInputs,
     attend: Attend,
-    options: Mapping[str, Any],
+    given: Given,
     documents: Documents | None = None,
     problem: str = "",
 ) -> Tensor:
@@ -147,20 +155,19 @@ def _attend_over_ranks(
     Args:
         problem: of the documents.
     """
-    if refusal := problem_of_attend(attend, options):  # every rank has the same attend, and sees it
+    if refusal := problem_of_attend(attend, given):  # every rank has the same attend, and sees it
         raise ValueError(refusal)
-    problem = inputs.problem or problem_of(options, inputs) or problem
-    statement = Statement("" if problem else facts_of(inputs, options, documents), problem)
-    on_device = {"dtype": torch.int64, "device": inputs.device}
-    draws = "dropout" in options
-    seed = torch.randint(torch.iinfo(torch.int64).max, (), **on_device) if draws else torch.zeros((), **on_device)
-    q_BLnH, k_BLgH, v_BLgH, seed = inputs_to_heads(inputs, statement, seed)
+    problem = inputs.problem or problem_of_options(given, inputs) or problem
+    statement = Statement("" if problem else facts_of_call(inputs, given, documents), problem)
+    q_BLnH, k_BLgH, v_BLgH, seed = inputs_to_heads(inputs, statement, seed_of(given, inputs.device))
     if problem:  # in compiled code, where the graph has to be whole to raise when it runs
         return output_to_tokens(zeros(q_BLnH.shape[1], q_BLnH, v_BLgH), inputs, Statement(HAS_OUTPUT, problem))
-    options = of_my_heads(options, seed, inputs)
+    options = options_of_my_heads(given, inputs, seed)
     if "first_head" in inspect.signature(attend).parameters:
-        options["first_head"] = inputs.heads.query.offsets[inputs.rank]
-    attend_whole = attend_or_zeros if documents is None else partial(attend_documents, documents=documents)
+        options["first_head"] = inputs.first_head
+    attend_whole = attend_or_zeros
+    if documents is not None:
+        attend_whole = partial(attend_documents, documents=documents, options_of_document=options_of_document)
     out_BLnH, statement = _output_or_problem(partial(attend_whole, attend), q_BLnH, k_BLgH, v_BLgH, options)
     return output_to_tokens(_RecomputedSoFar.apply(out_BLnH), inputs, statement)  # type: ignore[arg-type]
 

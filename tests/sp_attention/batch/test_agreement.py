@@ -42,7 +42,7 @@ WRONG = {
     "on every rank": replace(GOOD, attention_mask=torch.ones(2, 2).bool()),
     "rank 1: documents in a batch of 2 with 5 queries and 5 keys; pack them into one row (B = 1) of self-attention, "
     "or use key_padding_mask": replace(GOOD, cu_seqlens=SMALL),
-    "rank 1: cu_seqlens_padded without cu_seqlens; the real lengths have to be given too": replace(
+    "rank 1: cu_seqlens_padded without cu_seqlens; pass both, or cu_seqlens alone where nothing is padded": replace(
         GOOD, cu_seqlens_padded=SMALL
     ),
     "rank 1: token_BL is list; it has to be a tensor": replace(GOOD, token_BL=tokens(2, 5).tolist()),  # type: ignore[arg-type]
@@ -50,8 +50,11 @@ WRONG = {
     "rank 1: target_BL is list; it has to be a tensor": replace(GOOD, target_BL=[[0] * 5] * 2),  # type: ignore[arg-type]
     "rank 1: position_BL is list; it has to be a tensor": replace(GOOD, position_BL=[[0] * 5] * 2),  # type: ignore[arg-type]
     "rank 1: attention_mask is list; it has to be a tensor": replace(GOOD, attention_mask=[[1] * 5] * 2),  # type: ignore[arg-type]
-    "rank 1: cu_seqlens is list; it has to be a tensor": replace(GOOD, cu_seqlens=[0, 2, 5]),  # type: ignore[arg-type]
-    "rank 1: cu_seqlens_padded is tuple; it has to be a tensor": replace(
+    "rank 1: cu_seqlens is list; it has to be a tensor (documents + 1,) of ints": replace(
+        GOOD,
+        cu_seqlens=[0, 2, 5],  # type: ignore[arg-type]
+    ),
+    "rank 1: cu_seqlens_padded is tuple; it has to be a tensor (documents + 1,) of ints": replace(
         GOOD,
         cu_seqlens=SMALL,
         cu_seqlens_padded=(0, 2, 5),  # type: ignore[arg-type]
@@ -158,7 +161,7 @@ def test_what_is_wrong_on_one_rank_is_everyones_error(text: str, rank_pool: Rank
 
 def test_no_sharding_on_one_rank_is_everyones_error(rank_pool: RankPool) -> None:
     text = refusals(rank_pool, shardings={2: None})  # type: ignore[dict-item]
-    assert text == "rank 2: sharding is NoneType; it has to be a TokenSharding"
+    assert text == "rank 2: sharding is None; pass the TokenSharding that says which tokens each rank holds"
 
 
 def test_an_error_that_nobody_foresaw_is_everyones_too(rank_pool: RankPool) -> None:
@@ -186,15 +189,13 @@ def test_a_batch_that_is_cut_is_refused(rank_pool: RankPool) -> None:
     rows_cut = TokenSharding(batch=Partition((1, 1, 0)), seq=5)
     text = refusals(rank_pool, shardings=dict.fromkeys(range(3), rows_cut))
     for rank in range(3):
-        assert (
-            f"rank {rank}: the batch is cut into (1, 1, 0), but masks and documents are those of whole rows" in text
-        )
+        assert f"rank {rank}: the batch is cut into (1, 1, 0), but attention needs each rank to hold a part" in text
 
 
 def test_a_sharding_that_leaves_tokens_out_is_refused(rank_pool: RankPool) -> None:
     part = sharding_of(2, (2, 1, 1, 1)).select((0, 1, 2))
     text = refusals(rank_pool, shardings=dict.fromkeys(range(3), part))
-    assert "rank 0: shard_batch needs every token of the grid, but the ranks of this sharding hold 8 of 10" in text
+    assert "rank 0: attention needs every token of the grid, but the ranks of this sharding hold 8 of 10" in text
 
 
 def test_no_group_is_refused() -> None:

@@ -77,18 +77,22 @@ def test_the_labels_are_left_as_they_are() -> None:
     [
         (torch.zeros(4, dtype=torch.int64), {}, "labels are (4,) of torch.int64; they have to be (B, L) ints"),
         (torch.zeros(2, 4), {}, "labels are (2, 4) of torch.float32; they have to be (B, L) ints"),
-        (tokens(1, 4), {"cu_seqlens_padded": torch.tensor([0, 4])}, "cu_seqlens_padded without cu_seqlens; the real"),
+        (
+            tokens(1, 4),
+            {"cu_seqlens_padded": torch.tensor([0, 4])},
+            "cu_seqlens_padded without cu_seqlens; pass both",
+        ),
         (tokens(1, 4), {"cu_seqlens": torch.tensor([0, 5])}, "documents end at 5 of a packed sequence of 4 tokens"),
         (tokens(2, 4), {"cu_seqlens": torch.tensor([0, 4])}, "documents in a batch of 2 with 4 queries"),
         (
             tokens(1, 4),
             {"cu_seqlens": torch.tensor([0.0, 4.0])},
-            "cu_seqlens are (2,) of torch.float32; they have to",
+            "cu_seqlens is (2,) of torch.float32; it has to be a tensor (documents + 1,) of ints",
         ),
         (
             tokens(1, 4),
             {"cu_seqlens": torch.tensor([0, 4]), "cu_seqlens_padded": torch.tensor([[0, 4]])},
-            "cu_seqlens are (1, 2) of torch.int64; they have to be (documents + 1,) ints",
+            "cu_seqlens_padded is (1, 2) of torch.int64; it has to be a tensor (documents + 1,) of ints",
         ),
     ],
 )

@@ -146,15 +146,15 @@ ON_ONE_RANK: dict[str, tuple[Change, str]] = {
     "dropout of nan": (lambda a: {"dropout_p": NAN}, DROPOUT.format("nan")),
     "float documents": (
         lambda a: {"cu_seqlens": torch.tensor([0.0, 7.0])},
-        "cu_seqlens is (2,) of torch.float32; it has to be a tensor (documents + 1,) of int32 or int64",
+        "cu_seqlens is (2,) of torch.float32; it has to be a tensor (documents + 1,) of ints",
     ),
     "documents in two dimensions": (
         lambda a: {"cu_seqlens": torch.tensor([0, 7]), "cu_seqlens_padded": torch.tensor([[0, 7]])},
-        "cu_seqlens_padded is (1, 2) of torch.int64; it has to be a tensor (documents + 1,) of int32 or int64",
+        "cu_seqlens_padded is (1, 2) of torch.int64; it has to be a tensor (documents + 1,) of ints",
     ),
     "a list of documents": (
         lambda a: {"cu_seqlens": [0, 7]},
-        "cu_seqlens is list; it has to be a tensor (documents + 1,) of int32 or int64",
+        "cu_seqlens is list; it has to be a tensor (documents + 1,) of ints",
     ),
     "padding without documents": (
         lambda a: {"cu_seqlens_padded": torch.tensor([0, 7])},
