@@ -18,7 +18,7 @@ class RankMistakeError(GroupError):
     """Something is wrong on one rank or several.
 
     Attributes:
-        ranks: those ranks, in the order of the group.
+        ranks: those ranks, as the group that told it numbers them; by a hierarchical plan, that of the node.
     """
 
     def __init__(self, text: str, ranks: tuple[int, ...] = ()) -> None:
