@@ -2,10 +2,13 @@
 
 import subprocess
 import sys
+from collections import Counter
+
+import pytest
 
 import moe_dispatch
 import sp_attention
-from tests.support.source import ROOT, imports, sources
+from tests.support.source import ROOT, circles, code_lines, imported_files, imports, sources
 
 # From the ground up: a file imports from its own floor and from those below.
 FLOORS = (
@@ -47,6 +50,19 @@ def test_every_file_is_in_one_room() -> None:
     assert rooms == {(i, room) for i, floor in enumerate(FLOORS) for room in floor}
 
 
+@pytest.mark.parametrize("name", FILES)
+def test_imports_go_down(name: str) -> None:
+    floor, room = floor_of(name)
+    for imported in imported_files(name, FILES):
+        below, other = floor_of(imported)
+        assert below < floor or other == room, f"{name} imports {imported}"
+
+
+def test_no_file_imports_itself_by_way_of_others() -> None:
+    assert circles({name: imported_files(name, FILES) - {name} for name in FILES}) == []
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == ["a", "b", "c"]
+
+
 def test_the_second_package_comes_in_by_the_front_doors() -> None:
     of_package = {name: source for name, source in FILES.items() if name.startswith("sp_attention/")}
     for name, source in of_package.items():
@@ -56,12 +72,34 @@ def test_the_second_package_comes_in_by_the_front_doors() -> None:
         assert inside == set(), name
 
 
+def test_landings_are_short() -> None:
+    counts = Counter(name.rpartition("/")[0] for name in FILES | TESTS)
+    assert {folder: count for folder, count in counts.items() if count > MOST_FILES} == {}
+
+
+def test_files_are_short() -> None:
+    too_long = {name: source.count("\n") for name, source in FILES.items() if source.count("\n") > MOST_LINES}
+    too_long |= {name: source.count("\n") for name, source in TESTS.items() if source.count("\n") > MOST_TEST_LINES}
+    assert too_long == {}
+
+
+def test_functions_fit_a_screen() -> None:
+    lengths = {(name, what): lines for name, source in FILES.items() for what, lines in code_lines(source)}
+    assert {of: lines for of, lines in lengths.items() if lines > MOST_FUNCTION_LINES} == {}
+
+
 def test_tests_mirror_the_tree() -> None:
     folders = {name.rpartition("/")[0] for name in FILES}
     for name in TESTS:
         folder = name.removeprefix("tests/").rpartition("/")[0]
         # A folder below that of a room sorts its tests.
         assert folder.startswith("support") or {folder, folder.rpartition("/")[0]} & (folders | {""}), name
+
+
+@pytest.mark.parametrize("name", TESTS)
+def test_no_test_module_imports_another(name: str) -> None:
+    tests = {other for other in imported_files(name, TESTS) if other.rpartition("/")[2].startswith("test_")}
+    assert tests - {name} == set()
 
 
 # ---- what an import does -------------------------------------------------------------------------------

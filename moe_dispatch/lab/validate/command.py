@@ -13,7 +13,8 @@ from ..desk.launch import Ranks, find_ranks
 from ..desk.names import choices, chosen_names
 from ..desk.output import check_output
 from ..desk.packaged import find_config
-from .config import RowConfig, ValidateConfig, load_config
+from .config.load import load_config
+from .config.tables import RowConfig, ValidateConfig
 from .matrix import MatrixRun, run_matrix, run_mutants
 from .mutants.mutants import MUTANTS
 from .report import print_matrix, print_mutants, write_run

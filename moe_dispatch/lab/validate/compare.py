@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .config import ToleranceConfig
+from .config.tables import ToleranceConfig
 from .results import Difference, Reference
 
 # A parameter whose gradient is this much smaller than the largest of all is compared with that, not with itself:

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from ...testing import RankError
 from ..desk.launch import Ranks
-from .config import RowConfig, ValidateConfig
+from .config.tables import RowConfig, ValidateConfig
 from .mutants.mutants import Mutant
 from .results import RowResult
 from .run import Reference, run_reference, run_row

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from ..desk.console import new_table, print_lines
 from ..desk.output import write_json
-from .config import ValidateConfig
+from .config.tables import ValidateConfig
 from .matrix import MatrixRun, MutantsRun
 from .results import QUANTITIES, RowResult
 

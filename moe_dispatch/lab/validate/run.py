@@ -24,7 +24,7 @@ from ... import (
 )
 from ...reference import ReferenceMoE, reference_balance_loss
 from .compare import compare
-from .config import RowConfig, ValidateConfig
+from .config.tables import RowConfig, ValidateConfig
 from .debug_model.layout import OneProcess, OnMesh, everyone
 from .debug_model.model import DebugModel
 from .debug_model.packing import Packing

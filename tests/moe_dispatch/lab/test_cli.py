@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from moe_dispatch.lab import cli
-from tests.support.configs import ROOT
+from tests.support.lab.configs import ROOT
 
 
 @pytest.mark.parametrize(

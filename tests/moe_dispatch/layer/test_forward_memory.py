@@ -10,8 +10,8 @@ from torch.utils.checkpoint import checkpoint
 
 from moe_dispatch.layer.recompute import ForwardMemory
 from moe_dispatch.testing import RankPool
-from tests.support.checkpoints import is_empty, recomputed
-from tests.support.moe import (
+from tests.support.dispatch.checkpoints import is_empty, recomputed
+from tests.support.dispatch.moe import (
     Case,
 )
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_dispatch.testing import RankPool, RankThreads
-from tests.support.moe import (
+from tests.support.dispatch.moe import (
     CASES,
     DIM,
     TOLERANCE,

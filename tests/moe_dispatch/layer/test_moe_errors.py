@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moe_dispatch import MoE, Partition, TokenSharding, TopKRouter
 from moe_dispatch.testing import RankPool
-from tests.support.moe import DIM, Case, Outcome, assert_like_one_process, outcome, pull
+from tests.support.dispatch.moe import DIM, Case, Outcome, assert_like_one_process, outcome, pull
 from tests.support.ranks import refusal, world
 
 WRONG = Case(seq=(3, 0, 2), experts=(2, 2, 2))

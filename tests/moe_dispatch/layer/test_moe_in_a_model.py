@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from moe_dispatch import Partition, TokenSharding, build_mesh
 from moe_dispatch.testing import RankPool, RankThreads
-from tests.support.checkpoints import Run, plainly, recomputed
-from tests.support.moe import (
+from tests.support.dispatch.checkpoints import Run, plainly, recomputed
+from tests.support.dispatch.moe import (
     CASES,
     Case,
     Outcome,

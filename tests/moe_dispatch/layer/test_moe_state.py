@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from moe_dispatch.testing import RankThreads
-from tests.support.checkpoints import recomputed, recomputed_reentrantly
-from tests.support.moe import (
+from tests.support.dispatch.checkpoints import recomputed, recomputed_reentrantly
+from tests.support.dispatch.moe import (
     Case,
     Outcome,
     assert_equal_outcomes,

@@ -6,9 +6,9 @@ import pytest
 
 from moe_dispatch import MoE, StaticSizes, StaticSizesError
 from moe_dispatch.testing import RankThreads
-from tests.support.checkpoints import Run, plainly, recomputed, recomputed_reentrantly
-from tests.support.moe import CASES, Case, Outcome, assert_equal_outcomes, assert_like_one_process, run_moe
-from tests.support.plans import KINDS, Kind, planner_of
+from tests.support.dispatch.checkpoints import Run, plainly, recomputed, recomputed_reentrantly
+from tests.support.dispatch.moe import CASES, Case, Outcome, assert_equal_outcomes, assert_like_one_process, run_moe
+from tests.support.dispatch.plans import KINDS, Kind, planner_of
 from tests.support.ranks import refusal
 
 

@@ -13,8 +13,17 @@ from torch.utils.checkpoint import checkpoint
 
 from moe_dispatch import MoE, Partition, TokenSharding, TopKRouter
 from moe_dispatch.testing import RankPool, RankThreads
-from tests.support.checkpoints import Run, is_empty, plainly, recomputed, recomputed_reentrantly
-from tests.support.moe import DIM, Case, Outcome, assert_close, assert_equal_outcomes, gradients_of, outcome, pull
+from tests.support.dispatch.checkpoints import Run, is_empty, plainly, recomputed, recomputed_reentrantly
+from tests.support.dispatch.moe import (
+    DIM,
+    Case,
+    Outcome,
+    assert_close,
+    assert_equal_outcomes,
+    gradients_of,
+    outcome,
+    pull,
+)
 
 
 @contextmanager

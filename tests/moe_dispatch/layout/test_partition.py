@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from moe_dispatch import Partition
-from tests.support.layouts import compositions
+from tests.support.dispatch.layouts import compositions
 from tests.support.ranks import refusal
 
 CASES = [sizes for ranks in range(1, 5) for total in range(10) for sizes in compositions(total, ranks)]

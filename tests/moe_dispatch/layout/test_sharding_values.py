@@ -13,8 +13,8 @@ from torch import Tensor
 
 from moe_dispatch import Partition, TokenSharding
 from moe_dispatch.layout.stacked import stacked_tokens
-from tests.support.layouts import Layout, Order
-from tests.support.plans import sharding_of
+from tests.support.dispatch.layouts import Layout, Order
+from tests.support.dispatch.plans import sharding_of
 
 ORDERS: tuple[Order, Order] = ("BL", "LB")
 

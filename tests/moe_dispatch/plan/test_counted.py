@@ -18,12 +18,12 @@ from moe_dispatch import (
     plan_dispatch,
 )
 from moe_dispatch.testing import RankPool, RankThreads
-from tests.support.dense import (
+from tests.support.dispatch.dense import (
     Case,
     make_case,
 )
-from tests.support.layouts import EXPERTS, Layout
-from tests.support.plans import sharding_of
+from tests.support.dispatch.layouts import EXPERTS, Layout
+from tests.support.dispatch.plans import sharding_of
 from tests.support.ranks import world
 
 

@@ -23,7 +23,7 @@ from moe_dispatch import (
 )
 from moe_dispatch.plan.ids.group_tokens import GroupTokens
 from moe_dispatch.testing import RankPool, RankThreads
-from tests.support.dense import (
+from tests.support.dispatch.dense import (
     Answer,
     Case,
     chosen_weights,
@@ -33,9 +33,9 @@ from tests.support.dense import (
     make_cases,
     rank_of_expert,
 )
-from tests.support.layer import Layer
-from tests.support.layouts import Layout
-from tests.support.plans import counted, node_groups, sharding_of
+from tests.support.dispatch.layer import Layer
+from tests.support.dispatch.layouts import Layout
+from tests.support.dispatch.plans import counted, node_groups, sharding_of
 
 EXCHANGE = "all_to_all_single"
 

@@ -16,7 +16,7 @@ from moe_dispatch import (
     plan_hierarchical,
 )
 from moe_dispatch.testing import RankPool
-from tests.support.plans import node_groups
+from tests.support.dispatch.plans import node_groups
 from tests.support.ranks import refusal
 
 EXCHANGE = "all_to_all_single"

@@ -14,7 +14,7 @@ from moe_dispatch import (
 from moe_dispatch.plan.counted import Counted
 from moe_dispatch.plan.terms import Terms
 from moe_dispatch.testing import RankPool
-from tests.support.plan_calls import ONE_WEIGHT, RANKS, Call, Mistake, good_call, works
+from tests.support.dispatch.plan_calls import ONE_WEIGHT, RANKS, Call, Mistake, good_call, works
 from tests.support.ranks import refusal, world
 
 

@@ -18,7 +18,7 @@ from moe_dispatch import (
     plan_dispatch,
 )
 from moe_dispatch.testing import RankPool
-from tests.support.plan_calls import EQUAL, NO_GROUP, ONE_WEIGHT, RANKS, good_call, works
+from tests.support.dispatch.plan_calls import EQUAL, NO_GROUP, ONE_WEIGHT, RANKS, good_call, works
 from tests.support.ranks import refusal, world
 
 

@@ -24,8 +24,8 @@ from moe_dispatch import (
 )
 from moe_dispatch.testing import RankPool, RankThreads
 from moe_dispatch.testing.counting import counting, run_backward
-from tests.support.dense import Case, make_cases, through_experts
-from tests.support.plans import crowded, enough, sharding_of
+from tests.support.dispatch.dense import Case, make_cases, through_experts
+from tests.support.dispatch.plans import crowded, enough, sharding_of
 from tests.support.ranks import world
 
 

@@ -17,7 +17,7 @@ from moe_dispatch import (
     plan_static,
 )
 from moe_dispatch.testing import RankPool, RankThreads
-from tests.support.plans import crowded, enough
+from tests.support.dispatch.plans import crowded, enough
 from tests.support.ranks import refusal, world
 
 

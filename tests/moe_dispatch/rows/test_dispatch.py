@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moe_dispatch import DispatchMetadata, TokenSharding, plan_dispatch
 from moe_dispatch.testing import RankPool, RankThreads
-from tests.support.dense import (
+from tests.support.dispatch.dense import (
     Answer,
     Case,
     chosen_weights,
@@ -23,9 +23,9 @@ from tests.support.dense import (
     make_case,
     make_cases,
 )
-from tests.support.layer import MEMORIES, Layer, failures_of, misplaced, rows_of_rank
-from tests.support.layouts import EXPERTS, Layout, Order, layouts
-from tests.support.routings import ROUTINGS
+from tests.support.dispatch.layer import MEMORIES, Layer, failures_of, misplaced, rows_of_rank
+from tests.support.dispatch.layouts import EXPERTS, Layout, Order, layouts
+from tests.support.dispatch.routings import ROUTINGS
 
 
 def turns(i: int) -> tuple[str, bool]:

@@ -5,10 +5,10 @@ import torch
 
 from moe_dispatch import StaticSizes
 from moe_dispatch.testing import RankThreads
-from tests.support.dense import Answer, Case, dense_answer, differences, make_case
-from tests.support.layer import Layer, failures_of, misplaced_rows
-from tests.support.layouts import Layout
-from tests.support.plans import KINDS, Kind, enough, planning
+from tests.support.dispatch.dense import Answer, Case, dense_answer, differences, make_case
+from tests.support.dispatch.layer import Layer, failures_of, misplaced_rows
+from tests.support.dispatch.layouts import Layout
+from tests.support.dispatch.plans import KINDS, Kind, enough, planning
 
 SIZES = (16, 64)
 

@@ -25,7 +25,7 @@ from moe_dispatch import (
 )
 from moe_dispatch.rows import row_exchange
 from moe_dispatch.testing import RankPool, RankThreads
-from tests.support.plans import KINDS, Kind, planning
+from tests.support.dispatch.plans import KINDS, Kind, planning
 from tests.support.ranks import world
 
 RANKS = 3

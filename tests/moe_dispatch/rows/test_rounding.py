@@ -16,14 +16,14 @@ from moe_dispatch import (
     plan_dispatch,
 )
 from moe_dispatch.testing import RankThreads
-from tests.support.dense import (
+from tests.support.dispatch.dense import (
     Case,
     make_case,
     rank_of_expert,
 )
-from tests.support.layer import DTYPES
-from tests.support.layouts import EXPERTS, layouts
-from tests.support.plans import sharding_of
+from tests.support.dispatch.layer import DTYPES
+from tests.support.dispatch.layouts import EXPERTS, layouts
+from tests.support.dispatch.plans import sharding_of
 from tests.support.ranks import world
 
 

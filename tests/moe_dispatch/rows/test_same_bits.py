@@ -13,17 +13,17 @@ from moe_dispatch import (
     plan_dispatch,
 )
 from moe_dispatch.testing import RankThreads
-from tests.support.dense import (
+from tests.support.dispatch.dense import (
     Case,
     chosen_weights,
     make_case,
     rows_in_order,
 )
-from tests.support.layer import Layer
-from tests.support.layouts import EXPERTS, Layout, Order, layouts
-from tests.support.plans import sharding_of
+from tests.support.dispatch.layer import Layer
+from tests.support.dispatch.layouts import EXPERTS, Layout, Order, layouts
+from tests.support.dispatch.plans import sharding_of
+from tests.support.dispatch.routings import ROUTINGS
 from tests.support.ranks import world
-from tests.support.routings import ROUTINGS
 
 
 def expert_inputs(rank: int, case: Case) -> tuple[Tensor, ...]:

@@ -21,12 +21,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_dispatch import Partition, TokenSharding, combine, dispatch, plan_dispatch
 from moe_dispatch.testing import RankPool
-from tests.support.dense import (
+from tests.support.dispatch.dense import (
     crossings,
     make_case,
 )
-from tests.support.layouts import EXPERTS, Layout, layouts
-from tests.support.plans import sharding_of
+from tests.support.dispatch.layouts import EXPERTS, Layout, layouts
+from tests.support.dispatch.plans import sharding_of
 from tests.support.ranks import comes_true, world
 
 ITERATIONS = 50

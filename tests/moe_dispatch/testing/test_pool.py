@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from moe_dispatch.testing import RankPool
-from tests.support.rank_cases import arguments_after_rank, settings
+from tests.support.dispatch.rank_cases import arguments_after_rank, settings
 
 
 def test_a_rank_has_one_thread_and_talks_over_loopback(rank_pool: RankPool) -> None:

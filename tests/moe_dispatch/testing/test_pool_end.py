@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from moe_dispatch.testing import RankError, RankPool, team
-from tests.support.rank_cases import SOON_SECONDS, place, remaining, sleep_at_exit, write_at_exit
+from tests.support.dispatch.rank_cases import SOON_SECONDS, place, remaining, sleep_at_exit, write_at_exit
 
 
 def run_script(folder: Path, text: str, *, folder_of_temporaries: Path) -> "subprocess.Popen[str]":
@@ -113,7 +113,7 @@ def test_a_pool_that_nobody_closes_does_not_keep_its_process_from_ending(tmp_pat
 SCRIPT_THAT_WAITS = """
 import os
 from moe_dispatch.testing import RankPool
-from tests.support.rank_cases import stand_in_three_places
+from tests.support.dispatch.rank_cases import stand_in_three_places
 
 if __name__ == "__main__":
     pool = RankPool()

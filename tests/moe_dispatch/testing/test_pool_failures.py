@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from moe_dispatch.testing import RankError, RankPool, RankTimeout, team
-from tests.support.rank_cases import (
+from tests.support.dispatch.rank_cases import (
     SOON_SECONDS,
     assert_fresh_and_healthy,
     crash_on_rank_1,

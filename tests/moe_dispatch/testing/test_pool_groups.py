@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from moe_dispatch import ParallelMesh, build_mesh, exchange_rows
 from moe_dispatch.testing import RankPool
-from tests.support.rank_cases import sum_over_ranks
+from tests.support.dispatch.rank_cases import sum_over_ranks
 
 KEPT: list[object] = []  # what a careless test leaves in a module: here it is on purpose
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from moe_dispatch.testing import RankPool, RankThreads
-from tests.support.rank_cases import arguments_after_rank, arguments_before_rank, draw, place, sum_over_ranks
+from tests.support.dispatch.rank_cases import arguments_after_rank, arguments_before_rank, draw, place, sum_over_ranks
 
 Ranks = RankPool | RankThreads
 

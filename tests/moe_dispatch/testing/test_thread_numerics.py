@@ -7,7 +7,15 @@ from torch.utils.checkpoint import checkpoint
 
 from moe_dispatch import Partition, TokenSharding, combine, dispatch, plan_dispatch
 from moe_dispatch.testing import RankPool, RankThreads
-from tests.support.moe import Case, Outcome, assert_equal_outcomes, assert_like_one_process, outcome, pull, run_layer
+from tests.support.dispatch.moe import (
+    Case,
+    Outcome,
+    assert_equal_outcomes,
+    assert_like_one_process,
+    outcome,
+    pull,
+    run_layer,
+)
 from tests.support.ranks import world
 
 FOUR = Case(seq=(3, 0, 4, 2), experts=(2, 3, 0, 1), top_k=3)

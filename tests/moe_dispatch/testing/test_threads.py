@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from moe_dispatch.testing import RankError, RankThreads, RankTimeout, threads
-from tests.support.rank_cases import (
+from tests.support.dispatch.rank_cases import (
     SOON_SECONDS,
     STUCK_SECONDS,
     leave,

@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .... import SwiGLU, TopKRouter
-from ..config import ModelConfig
+from ..config.tables import ModelConfig
 from .layout import Layout
 
 # (router, shared experts) -> MoE layer

@@ -30,7 +30,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from .... import GroupedExperts, MoE, ParallelMesh, Partition, TopKRouter
-from ..config import ModelConfig
+from ..config.tables import ModelConfig
 from .model import Block, DebugModel, DenseFeedForward, SparseFeedForward
 
 

@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import Any
 from unittest.mock import patch
 
-from ..config import RowConfig
+from ..config.tables import RowConfig
 from . import known_bugs as bugs
 
 

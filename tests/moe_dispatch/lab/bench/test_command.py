@@ -13,7 +13,7 @@ from moe_dispatch.lab.bench import command
 from moe_dispatch.lab.bench.memory import ALLOCATOR
 from moe_dispatch.testing import RankThreads
 
-ADAPTERS = "tests.support.adapters"
+ADAPTERS = "tests.support.lab.adapters"
 PNG = b"\x89PNG"
 
 

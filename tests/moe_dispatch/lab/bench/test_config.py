@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from moe_dispatch.lab.bench.config import load_bench
-from tests.support.configs import CONFIGS
+from tests.support.lab.configs import CONFIGS
 
 DISPATCH = '[[dispatch]]\nname = "x"\nranks = 2\ntokens = 4\ndim = 3\nexperts = 4\ntop_k = 2\ndtype = "float32"\n'
 ULYSSES = """[[ulysses]]

@@ -8,7 +8,7 @@ from moe_dispatch.lab.bench.contenders.floor import floors_of, rows_between
 from moe_dispatch.lab.bench.workload import DispatchWorkload, UlyssesWorkload
 from moe_dispatch.testing import RankPool
 from moe_dispatch.testing.counting import counting
-from tests.support.bench_workloads import ROUTED
+from tests.support.lab.bench_workloads import ROUTED
 
 
 def test_zipf_fills_the_first_experts() -> None:

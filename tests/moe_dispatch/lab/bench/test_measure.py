@@ -16,10 +16,10 @@ from moe_dispatch.lab.bench.measure import Run, measure, problem_of, time_in_tur
 from moe_dispatch.lab.bench.phases import phases_of
 from moe_dispatch.lab.bench.workload import DispatchWorkload
 from moe_dispatch.testing import RankPool
-from tests.support.bench_workloads import ROUTED, TINY
-from tests.support.configs import ROOT
+from tests.support.lab.bench_workloads import ROUTED, TINY
+from tests.support.lab.configs import ROOT
 
-ADAPTERS = "tests.support.adapters"
+ADAPTERS = "tests.support.lab.adapters"
 
 
 def test_the_textbook_refuses_uneven_shards(rank_pool: RankPool) -> None:

@@ -18,7 +18,7 @@ from moe_dispatch.lab.bench.measure import Run, account
 from moe_dispatch.lab.bench.memory import bytes_kept, peak_bytes
 from moe_dispatch.lab.bench.workload import DispatchWorkload
 from moe_dispatch.testing import RankPool
-from tests.support.bench_workloads import ROUTED
+from tests.support.lab.bench_workloads import ROUTED
 
 
 @pytest.fixture(autouse=True)

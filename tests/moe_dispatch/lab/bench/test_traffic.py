@@ -10,7 +10,7 @@ from moe_dispatch.lab.bench.contenders.named import contenders_of
 from moe_dispatch.lab.bench.workload import DispatchWorkload, UlyssesWorkload
 from moe_dispatch.testing import RankPool
 from moe_dispatch.testing.counting import Counts, counting, run_backward
-from tests.support.bench_workloads import ROUTED, TINY
+from tests.support.lab.bench_workloads import ROUTED, TINY
 
 
 def counts_of_layer(name: str, config: WorkloadConfig) -> tuple[Counts, Counts]:

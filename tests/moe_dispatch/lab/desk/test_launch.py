@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from moe_dispatch.lab.desk.launch import JoinedRanks, SpawnedRanks, find_ranks
-from tests.support.launches import SLURM, TORCHRUN, free_ports
+from tests.support.lab.launches import SLURM, TORCHRUN, free_ports
 
 
 def test_without_a_launcher_ranks_are_spawned() -> None:

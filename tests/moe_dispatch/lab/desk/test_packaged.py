@@ -6,7 +6,7 @@ import pytest
 
 from moe_dispatch.lab.desk import packaged
 from moe_dispatch.lab.desk.packaged import find_config
-from tests.support.configs import ROOT
+from tests.support.lab.configs import ROOT
 
 
 @pytest.mark.parametrize(

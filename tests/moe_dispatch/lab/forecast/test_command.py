@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from moe_dispatch.lab import cli
-from tests.support.configs import CONFIGS
+from tests.support.lab.configs import CONFIGS
 
 PLANS = CONFIGS / "plan"
 

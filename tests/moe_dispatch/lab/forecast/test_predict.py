@@ -7,7 +7,7 @@ import pytest
 from moe_dispatch.lab.forecast.config import load_plan_config
 from moe_dispatch.lab.forecast.crossing import Crossing, find_crossing
 from moe_dispatch.lab.forecast.predict import predict
-from tests.support.configs import CONFIGS
+from tests.support.lab.configs import CONFIGS
 
 PLANS = CONFIGS / "plan"
 

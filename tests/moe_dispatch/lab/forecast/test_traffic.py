@@ -24,9 +24,9 @@ from moe_dispatch.lab.forecast.demand import counted_demand
 from moe_dispatch.lab.forecast.predict import link_sums
 from moe_dispatch.lab.forecast.traffic import Traffic, Widths, row_per_choice, row_per_node, row_per_rank
 from moe_dispatch.testing import RankPool
-from tests.support.dense import make_case
-from tests.support.layouts import Layout
-from tests.support.plans import node_groups
+from tests.support.dispatch.dense import make_case
+from tests.support.dispatch.layouts import Layout
+from tests.support.dispatch.plans import node_groups
 
 Sent = list[list[int]]  # of each collective, bytes to each rank of its group
 

@@ -4,8 +4,8 @@ import pytest
 
 from moe_dispatch.lab.desk import launch
 from moe_dispatch.lab.validate import matrix
-from tests.support.launches import SLURM, TORCHRUN
-from tests.support.scripted_ranks import PoolInProcess, Script
+from tests.support.lab.launches import SLURM, TORCHRUN
+from tests.support.lab.scripted_ranks import PoolInProcess, Script
 
 
 @pytest.fixture

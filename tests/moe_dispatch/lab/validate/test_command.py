@@ -9,7 +9,7 @@ import pytest
 from moe_dispatch.lab import cli
 from moe_dispatch.lab.validate import matrix
 from moe_dispatch.lab.validate.mutants.mutants import MUTANTS
-from tests.support.scripted_ranks import Script
+from tests.support.lab.scripted_ranks import Script
 
 ROWS = ("FSDP2 x2", "FSDP2 x2 + EP2", "TP2 + EP2")  # of tiny
 

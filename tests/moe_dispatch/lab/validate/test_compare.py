@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moe_dispatch.lab.validate.compare import compare, difference
-from moe_dispatch.lab.validate.config import ToleranceConfig
+from moe_dispatch.lab.validate.config.tables import ToleranceConfig
 from moe_dispatch.lab.validate.results import Reference
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from moe_dispatch.lab.desk.config_file import ConfigError
-from moe_dispatch.lab.validate.config import load_config
-from tests.support.config_problems import problems_of
-from tests.support.configs import CONFIGS, TINY_TEXT
+from moe_dispatch.lab.validate.config.load import load_config
+from tests.support.lab.config_problems import problems_of
+from tests.support.lab.configs import CONFIGS, TINY_TEXT
 
 VALIDATE_CONFIGS = sorted((CONFIGS / "validate").glob("*.toml"))
 

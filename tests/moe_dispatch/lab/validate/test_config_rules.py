@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.config_problems import problems_of
-from tests.support.configs import TINY_TEXT
+from tests.support.lab.config_problems import problems_of
+from tests.support.lab.configs import TINY_TEXT
 
 BROKEN_RULES = [
     (

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.configs import ROOT
-from tests.support.launches import TORCHRUN, free_ports
+from tests.support.lab.configs import ROOT
+from tests.support.lab.launches import TORCHRUN, free_ports
 
 # Two commands, as it takes seconds to start a process. The first ends well; in the second, rank 1 fails.
 JOINED = """
@@ -19,7 +19,7 @@ import torch.distributed as dist
 from dataclasses import replace
 from moe_dispatch.lab.cli import main
 from moe_dispatch.lab.validate import matrix
-from tests.support.made_up_results import AGREEING
+from tests.support.lab.made_up_results import AGREEING
 
 good, bad, other_port = sys.argv[1:]
 

@@ -12,7 +12,7 @@ import pytest
 from moe_dispatch.lab.desk.plots import check_plot
 from moe_dispatch.lab.validate.plot import most_spread, write_plot
 from moe_dispatch.lab.validate.results import RowResult
-from tests.support.made_up_results import AGREEING, broken_off, differing
+from tests.support.lab.made_up_results import AGREEING, broken_off, differing
 
 DIFFERING = differing(replace(AGREEING, name="wrong [red]"), "gradients", 0.25)
 BROKEN = broken_off(replace(AGREEING, name="broken"), "rank 1 raised\nsomething [bold]")

@@ -11,11 +11,11 @@ from rich.console import Console
 
 from moe_dispatch.lab.desk.console import WIDTH
 from moe_dispatch.lab.validate import report
-from moe_dispatch.lab.validate.config import load_config
+from moe_dispatch.lab.validate.config.load import load_config
 from moe_dispatch.lab.validate.matrix import MatrixRun, MutantRun, MutantsRun, ReferenceRun
 from moe_dispatch.lab.validate.results import RowResult
-from tests.support.configs import CONFIGS
-from tests.support.made_up_results import AGREEING, broken_off, differing
+from tests.support.lab.configs import CONFIGS
+from tests.support.lab.made_up_results import AGREEING, broken_off, differing
 
 CONFIG = load_config(CONFIGS / "validate" / "tiny.toml")
 REFERENCE = ReferenceRun(dtype="float64", shape=(2, 3), seconds=0.5)

@@ -8,13 +8,13 @@ from unittest.mock import patch
 import torch
 
 from moe_dispatch.lab.validate import run
-from moe_dispatch.lab.validate.config import RowConfig, ValidateConfig
+from moe_dispatch.lab.validate.config.tables import RowConfig, ValidateConfig
 from moe_dispatch.lab.validate.matrix import run_matrix
 from moe_dispatch.lab.validate.results import QUANTITIES, RowResult
 from moe_dispatch.lab.validate.run import reference_targets, run_reference, run_row
 from moe_dispatch.lab.validate.text import default_text
 from moe_dispatch.testing import RankPool
-from tests.support.small_matrix import PACKED, PoolRanks, QuietWatcher, row, small_config
+from tests.support.lab.small_matrix import PACKED, PoolRanks, QuietWatcher, row, small_config
 
 T = TypeVar("T")
 ROWS = (

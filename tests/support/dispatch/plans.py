@@ -21,8 +21,8 @@ from moe_dispatch import (
     plan_static,
 )
 from moe_dispatch.plan.planner import Planner
-from tests.support.dense import Case, crossings, make_case, rank_of_expert
-from tests.support.layouts import Layout
+from tests.support.dispatch.dense import Case, crossings, make_case, rank_of_expert
+from tests.support.dispatch.layouts import Layout
 from tests.support.ranks import world
 
 Kind = Literal["counted", "static", "hierarchical"]

@@ -4,9 +4,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Self, TypeVar
 
-from moe_dispatch.lab.validate.config import RowConfig, ValidateConfig, load_config
+from moe_dispatch.lab.validate.config.load import load_config
+from moe_dispatch.lab.validate.config.tables import RowConfig, ValidateConfig
 from moe_dispatch.testing import RankPool
-from tests.support.configs import CONFIGS
+from tests.support.lab.configs import CONFIGS
 
 T = TypeVar("T")
 PACKED = {"batch": 1, "seq": 17, "documents": ((5, 6), (1, 1), (0, 2), (6, 8))}

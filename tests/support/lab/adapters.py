@@ -1,4 +1,4 @@
-"""Contenders for the tests of `bench`, right and wrong, as `--adapter tests.support.adapters:NAME` finds them."""
+"""Contenders for the tests of `bench`, right and wrong, as `--adapter tests.support.lab.adapters:NAME` finds them."""
 
 import torch
 import torch.distributed as dist

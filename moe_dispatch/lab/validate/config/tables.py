@@ -1,16 +1,11 @@
 """The config of a validate run: which keys there are, and what each row of the matrix takes from the others."""
 
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from ..desk.config_file import STRICT, checked, read_toml, refusal
-from .config_rules import broken_rules
-
-# A row without one of these keys takes the value of this table.
-DEFAULT_OF_ROW = (("batch", "train"), ("seq", "train"), ("heads", "model"))
+from ...desk.config_file import STRICT
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
@@ -108,28 +103,3 @@ class ValidateConfig:
     train: TrainConfig = Field(description="a table", examples=["[train]"])
     tolerance: dict[str, ToleranceConfig] = Field(description="a table per dtype", examples=["[tolerance.float64]"])
     rows: tuple[RowConfig, ...] = Field(min_length=1, description="a list of tables", examples=["[[rows]]"])
-
-
-def load_config(path: Path) -> ValidateConfig:
-    """The config of a TOML file; a row without ``batch`` or ``seq`` takes those of ``[train]``.
-
-    Raises:
-        ConfigError: a file that cannot be read, is no TOML, or breaks rules, which are then all listed.
-    """
-    table = read_toml(path)
-    _fill_rows(table)
-    config = checked(ValidateConfig, table, path, entry="row")
-    if problems := broken_rules(config):
-        raise refusal(path, problems)
-    return config
-
-
-def _fill_rows(table: dict[str, Any]) -> None:
-    rows = table.get("rows")
-    for row in rows if isinstance(rows, list) else []:
-        for key, source in DEFAULT_OF_ROW:
-            if isinstance(row, dict):
-                values = table.get(source)
-                value = values.get(key) if isinstance(values, dict) else None
-                # 1 in place of a wrong value: the wrong one is then told once, in its own table
-                row.setdefault(key, value if type(value) is int and value >= 1 else 1)

@@ -9,8 +9,8 @@ from itertools import cycle, product
 import torch
 from torch import Tensor
 
-from tests.support.layouts import EXPERTS, Layout, layouts
-from tests.support.routings import ROUTINGS
+from tests.support.dispatch.layouts import EXPERTS, Layout, layouts
+from tests.support.dispatch.routings import ROUTINGS
 
 # Measured: 8e-15 at most over the cases; values and gradients are of order 1 to 10.
 TOLERANCE = 1e-12

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from moe_dispatch import Counted, GroupedExperts, MoE, Partition, SwiGLU, TokenSharding, TopKRouter
 from moe_dispatch.plan.planner import Planner
 from moe_dispatch.reference import ReferenceMoE
-from tests.support.checkpoints import Run, plainly
+from tests.support.dispatch.checkpoints import Run, plainly
 from tests.support.ranks import world
 
 DIM, HIDDEN = 8, 12

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moe_dispatch import TopKRouter
 from moe_dispatch.reference import token_experts, token_scores, token_weights
-from tests.support.routers import (
+from tests.support.dispatch.routers import (
     DIM,
     EXPERTS,
     SETTINGS,

@@ -7,7 +7,7 @@ import pytest
 
 from moe_dispatch.lab import cli
 from moe_dispatch.lab.validate.mutants.mutants import MUTANTS
-from tests.support.scripted_ranks import Script
+from tests.support.lab.scripted_ranks import Script
 
 MUTANT = next(iter(MUTANTS))
 MUTANTS_ANYWHERE = (  # in plain data parallelism too

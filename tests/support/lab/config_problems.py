@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from moe_dispatch.lab.desk.config_file import ConfigError
-from moe_dispatch.lab.validate.config import load_config
+from moe_dispatch.lab.validate.config.load import load_config
 
 
 def problems_of(tmp_path: Path, text: str) -> list[str]:

@@ -10,7 +10,7 @@ from moe_dispatch.lab.validate.matrix import run_mutants
 from moe_dispatch.lab.validate.mutants.mutants import MUTANTS, mutated
 from moe_dispatch.lab.validate.text import default_text
 from moe_dispatch.testing import RankPool
-from tests.support.small_matrix import PACKED, PoolRanks, QuietWatcher, row, small_config
+from tests.support.lab.small_matrix import PACKED, PoolRanks, QuietWatcher, row, small_config
 
 
 def test_every_mutant_is_caught(rank_pool: RankPool) -> None:

@@ -4,10 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from moe_dispatch.lab.validate.config import RowConfig, ValidateConfig
+from moe_dispatch.lab.validate.config.tables import RowConfig, ValidateConfig
 from moe_dispatch.lab.validate.results import RowResult
 from moe_dispatch.testing import RankError
-from tests.support.made_up_results import AGREEING, differing
+from tests.support.lab.made_up_results import AGREEING, differing
 
 
 @dataclass

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from moe_dispatch import TopKRouter
-from tests.support.routers import (
+from tests.support.dispatch.routers import (
     DIM,
     Setting,
 )

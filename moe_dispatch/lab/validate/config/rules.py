@@ -1,13 +1,9 @@
 """Rules between the keys of a config; a broken one is a sentence: key, fact, rule, a value that works."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from .config import ModelConfig, RowConfig, ValidateConfig
+from .tables import ModelConfig, RowConfig, ValidateConfig
 
 DTYPES = ("float32", "float64")
 

@@ -10,7 +10,7 @@ from moe_dispatch import (
     combine,
     dispatch,
 )
-from tests.support.dense import (
+from tests.support.dispatch.dense import (
     Answer,
     Case,
     chosen_weights,
@@ -19,7 +19,7 @@ from tests.support.dense import (
     rows_in_order,
     through_experts,
 )
-from tests.support.plans import Planning, counted, sharding_of
+from tests.support.dispatch.plans import Planning, counted, sharding_of
 
 Memory = Callable[[Tensor], Tensor]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

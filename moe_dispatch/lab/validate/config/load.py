@@ -1,0 +1,36 @@
+"""From a TOML file to the tables of a validate run, or to all that is wrong with it."""
+
+from pathlib import Path
+from typing import Any
+
+from ...desk.config_file import checked, read_toml, refusal
+from .rules import broken_rules
+from .tables import ValidateConfig
+
+# A row without one of these keys takes the value of this table.
+DEFAULT_OF_ROW = (("batch", "train"), ("seq", "train"), ("heads", "model"))
+
+
+def load_config(path: Path) -> ValidateConfig:
+    """The config of a TOML file; a row without ``batch`` or ``seq`` takes those of ``[train]``.
+
+    Raises:
+        ConfigError: a file that cannot be read, is no TOML, or breaks rules, which are then all listed.
+    """
+    table = read_toml(path)
+    _fill_rows(table)
+    config = checked(ValidateConfig, table, path, entry="row")
+    if problems := broken_rules(config):
+        raise refusal(path, problems)
+    return config
+
+
+def _fill_rows(table: dict[str, Any]) -> None:
+    rows = table.get("rows")
+    for row in rows if isinstance(rows, list) else []:
+        for key, source in DEFAULT_OF_ROW:
+            if isinstance(row, dict):
+                values = table.get(source)
+                value = values.get(key) if isinstance(values, dict) else None
+                # 1 in place of a wrong value: the wrong one is then told once, in its own table
+                row.setdefault(key, value if type(value) is int and value >= 1 else 1)
