@@ -151,13 +151,15 @@ class _Run:
 
     def _live(self, rank: int, fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
         """The life of a rank: one call."""
-        try:
-            self.turns.enter(rank)
-            with self.worlds.of(ThreadGroup("0", range(self.size), rank, self.turns, self.rooms)):
-                answer = fn(rank, *args) if takes_rank(fn) else fn(*args)
-        except Stopped:
-            answer = Stopped
-        except BaseException as error:  # pytest.fail and sys.exit raise no Exception
-            answer = failure_of(rank, error)
-        self.answers.put((rank, answer))
-        self.turns.leave(rank)
+        with suppress(Stopped):  # the run may end while this rank does
+            try:
+                self.turns.enter(rank)
+                with self.worlds.of(ThreadGroup("0", range(self.size), rank, self.turns, self.rooms)):
+                    answer = fn(rank, *args) if takes_rank(fn) else fn(*args)
+            except Stopped:
+                answer = Stopped
+            except BaseException as error:  # pytest.fail and sys.exit raise no Exception
+                answer = failure_of(rank, error)
+            self.turns.leave(rank)
+            # Last: once all answers are there, the run is over, and a rank that is still in turn is stopped.
+            self.answers.put((rank, answer))

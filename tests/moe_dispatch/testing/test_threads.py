@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from moe_dispatch.testing import RankError, RankThreads, RankTimeout, threads
+from moe_dispatch.testing.turns import Turns
 from tests.support.dispatch.rank_cases import (
     SOON_SECONDS,
     STUCK_SECONDS,
@@ -112,6 +113,22 @@ def test_grad_mode_and_autocast_are_a_ranks_own(rank_threads: RankThreads) -> No
             return torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.get_num_threads()
 
     assert rank_threads.run(modes, 3) == [(True, False, 1), (False, True, 1), (False, False, 1)]
+
+
+def test_a_rank_that_is_slow_to_leave_is_left_in_peace(
+    rank_threads: RankThreads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread that ends by an exception is a warning, and here an error."""
+    leave = Turns.leave
+
+    def leave_slowly(turns: Turns, rank: int) -> None:
+        deadline = time.monotonic() + 0.02
+        while time.monotonic() < deadline:
+            pass
+        leave(turns, rank)
+
+    monkeypatch.setattr(Turns, "leave", leave_slowly)
+    assert rank_threads.run(place, 3) == [(rank, rank, 3) for rank in range(3)]
 
 
 def test_ranks_run_in_order_and_change_where_they_wait(rank_threads: RankThreads) -> None:
