@@ -32,7 +32,7 @@ class Job:
     Attributes:
         adapter: ``package.module:Name`` of a class to time too; empty for none.
         repeat: repetitions of each contender.
-        profile: whether to tell what each spends its time on.
+        profile: whether to measure what each spends its time on.
         timeout: seconds for each workload.
         json, plot: files to write.
     """

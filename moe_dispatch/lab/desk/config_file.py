@@ -44,7 +44,7 @@ def checked(kind: type[T], table: dict[str, Any], path: Path, *, entry: str = ""
 
     Args:
         path: the file that ``table`` is from.
-        entry: what the tool calls an entry of a list of tables, e.g. "row": problems in it are told with its name.
+        entry: what the tool calls an entry of a list of tables, e.g. "row". Its problems are listed with its name.
 
     Raises:
         ConfigError: a key is missing, unknown, or has a wrong value. All such problems are listed.
@@ -61,5 +61,5 @@ def checked(kind: type[T], table: dict[str, Any], path: Path, *, entry: str = ""
 
 
 def refusal(path: Path, problems: Sequence[str]) -> ConfigError:
-    """The error of a config with these problems, each told once."""
+    """The error of a config with these problems, each listed once."""
     return ConfigError("\n  ".join([f"config {path} cannot be used:", *dict.fromkeys(problems)]))

@@ -100,8 +100,8 @@ def row_per_rank(demand: Demand, widths: Widths) -> Traffic:
 
 
 def row_per_node(demand: Demand, widths: Widths) -> Traffic:
-    """``plan_hierarchical`` and its kin: one row per token and node to the rank of the same place, then one per token
-    and rank inside."""
+    """A plan of ``plan_hierarchical``: one row for each node that a token needs, sent to the rank with the sender's
+    place on that node, then one row for each rank that the token needs there."""
     num_nodes, in_node = demand.num_nodes, demand.in_node
     column_PP, node_PP = same_column(num_nodes, in_node), same_node(num_nodes, in_node)
     between_PP = demand.tokens_PN.repeat_interleave(in_node, dim=1) * column_PP

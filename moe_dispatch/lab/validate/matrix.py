@@ -14,7 +14,7 @@ from .run import Reference, run_reference, run_row
 
 
 class Watcher(Protocol):
-    """Who is told how far the run is."""
+    """What is called as a run goes on, to show its progress."""
 
     def started(self, what: str) -> None: ...
 
@@ -45,8 +45,8 @@ class MatrixRun:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MutantRun:
-    """A mutant and the rows that ran with it, the last of which caught it or was the last there is; none where it
-    could show in none."""
+    """A mutant and the rows that ran with it. They end with the first row that caught it. There are none where it can
+    show in no row of the config."""
 
     name: str
     description: str

@@ -32,5 +32,5 @@ def _fill_rows(table: dict[str, Any]) -> None:
             if isinstance(row, dict):
                 values = table.get(source)
                 value = values.get(key) if isinstance(values, dict) else None
-                # 1 in place of a wrong value: the wrong one is then told once, in its own table
+                # 1 in place of a wrong value: that is then one problem, of its own table
                 row.setdefault(key, value if type(value) is int and value >= 1 else 1)
