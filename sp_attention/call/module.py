@@ -16,7 +16,7 @@ class UlyssesAttention(nn.Module):
     state but those of an ``attend`` that is a module. A deep copy is in the same process group.
 
     Args:
-        group, heads, attend, is_causal, window, scale, dropout_p: see there. Dropout is off in eval mode.
+        group, heads, attend, is_causal, window, scale, dropout_p: as there. Dropout is off in eval mode.
     """
 
     def __init__(
@@ -48,8 +48,18 @@ class UlyssesAttention(nn.Module):
         cu_seqlens_padded: Tensor | None = None,
         sinks_N: Tensor | None = None,
     ) -> Tensor:
-        """(B, l, N, Hv) of (B, l, N, H), (B, l, G, H) and (B, l, G, Hv), or (l, B, ...): arguments and errors of
-        :func:`ulysses_attention`."""
+        """The call. Arguments as of :func:`ulysses_attention`.
+
+        Args:
+            q_BlNH: (B, l, N, H), or (l, B, N, H) for order "LB".
+            k_BlGH, v_BlGH: (B, l, G, H) and (B, l, G, Hv), or sequence first.
+
+        Returns:
+            ``out_BlNH``: (B, l, N, Hv), or (l, B, N, Hv).
+
+        Raises:
+            GroupError, ValueError: as there.
+        """
         return ulysses_attention(
             q_BlNH,
             k_BlGH,

@@ -68,21 +68,21 @@ def ulysses_attention(
         kv_sharding: of keys and values, for cross-attention; the sharding of the queries if left out.
         heads: query heads of each rank; ``Partition.balanced(N, ranks)`` if left out. A rank without heads takes
             part.
-        attend: ``attend(q_BLnH, k_BLgH, v_BLgH, **options) -> out_BLnH`` on whole sequences (whole documents), batch
-            first, my heads; k and v have whole groups, or one head per query head where a group straddles ranks.
-            Options are those that were given; an ``attend`` without an argument of that name is refused. They are
-            ``is_causal``, ``window``, ``scale``, ``attn_mask`` (four dimensions, my heads), ``key_padding_mask``,
-            ``sinks_n`` (my heads) and ``dropout``, whose ``apply`` takes (B, n, L, L_kv) weights. One with an
-            argument ``first_head`` is told the global number of its first query head. :func:`scaled_dot_product` if
-            left out.
+        attend: ``attend(q_BLnH, k_BLgH, v_BLgH, **options) -> out_BLnH``; :func:`scaled_dot_product` if left out. It
+            gets whole sequences (whole documents), batch first, and this rank's heads. k and v have whole groups, or
+            one head per query head where a group straddles ranks. It gets the options that were given, and is
+            refused if it has no argument of such a name: ``is_causal``, ``window``, ``scale``, ``attn_mask`` (four
+            dimensions, my heads), ``key_padding_mask``, ``sinks_n`` (my heads) and ``dropout``, whose ``apply`` takes
+            (B, n, L, L_kv) weights. If it has an argument ``first_head``, it gets the global number of its first
+            query head.
         is_causal: aligned to the end where lengths differ: the last query sees every key.
         window: (left, right), -1 for any, on places in the whole sequence (in the document).
         scale: of the products; H ** -0.5 if left out.
         attn_mask: broadcasts to (B, N, L, L_kv), the same on every rank: bool (True attends), or added to the
             products. Each rank's gradient of a learned one has its own heads, so sum it over the ranks.
         key_padding_mask: (B, L_kv) bool, the same on every rank, True attends.
-        cu_seqlens: (documents + 1,) ints, for B = 1: document i has ``diff(cu_seqlens)[i]`` real tokens and attends
-            within itself. Pass it on the CPU: it is read there.
+        cu_seqlens: (documents + 1,) ints of any dtype, for B = 1: document i has ``diff(cu_seqlens)[i]`` real tokens
+            and attends within itself. Pass it on the CPU: it is read there.
         cu_seqlens_padded: (documents + 1,) where each document starts in the packed sequence; ``cu_seqlens`` if left
             out. What lies between documents and after the last is padding: it is never a key, and its outputs and
             gradients are 0, whatever it holds.
@@ -100,13 +100,13 @@ def ulysses_attention(
     ``dynamic`` alone, or False); documents are a graph break.
 
     Raises:
-        ValueError: the same text on every rank, and the group stays usable. What one rank has wrong (a shape that is
-            not its shard, an option of a wrong type, other documents than its peers have) travels with the queries
-            and names the rank; so does, with the output, an ``attend`` that raises or gives another shape or dtype.
-            Raised before any collective is an option that ``attend`` does not take, and what leaves open how much a
-            rank has to send: tensors of another number of dimensions, head counts that fit nothing, a sharding or
-            group that cannot be.
-            On CUDA the peers of the rank that is wrong have a device assertion instead, and in compiled code all.
+        GroupError: a ValueError with the same text on every rank; the group stays usable. A rank has something wrong,
+            and is named: a shape that is not its shard, an option of a wrong type, an ``attend`` that raises or gives
+            another shape or dtype. Or the ranks disagree: in sharding, heads, options or documents. On CUDA the peers
+            of a rank that is wrong get a device assertion instead, and in compiled code all ranks do.
+        ValueError: before any collective. An option that ``attend`` does not take. Or what decides how much a rank
+            has to send: tensors of another number of dimensions, head counts that fit nothing, a sharding or group
+            that cannot be.
     """
     given = given_options(
         is_causal=is_causal,
