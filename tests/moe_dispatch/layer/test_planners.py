@@ -1,107 +1,228 @@
-"""The MoE layer with each kind of plan equals one process, also recomputed and on many ranks."""
+"""MoE with each kind of plan: the same layer, recomputed by the plan of its forward, one error on every rank.
 
+4 ranks; the hierarchical plan takes them as 2 nodes of 2.
+"""
+
+from copy import deepcopy
 from dataclasses import replace
+from typing import Any
+from unittest import mock
 
 import pytest
+import torch
+from torch import Tensor
 
-from moe_dispatch import MoE, StaticSizes, StaticSizesError
-from moe_dispatch.testing import RankThreads
-from tests.support.dispatch.checkpoints import Run, plainly, recomputed, recomputed_reentrantly
-from tests.support.dispatch.moe import CASES, Case, Outcome, assert_equal_outcomes, assert_like_one_process, run_moe
-from tests.support.dispatch.plans import KINDS, Kind, planner_of
-from tests.support.ranks import refusal
+from moe_dispatch import (
+    DisagreementError,
+    GroupError,
+    MoE,
+    NodeGroups,
+    Partition,
+    RankMistakeError,
+    StaticSizes,
+    StaticSizesError,
+)
+from moe_dispatch.rows import row_exchange
+from moe_dispatch.testing import RankPool
+from moe_dispatch.testing.counting import counting, run_backward
+from tests.support.dispatch.checkpoints import Run, plainly, recomputed
+from tests.support.dispatch.moe import Case, Outcome, assert_like_one_process, outcome, pull
+from tests.support.dispatch.plans import KINDS, Kind, node_groups, planner_of
+from tests.support.ranks import refusal, world
+
+CASES = [
+    Case(seq=(3, 1, 0, 2), experts=(2, 2, 2, 2), groups=4, limited_groups=2, top_k=3),
+    Case(seq=(3, 2), batch=(2, 1), experts=(3, 0, 2, 1), order="LB"),
+    Case(seq=(1, 1, 1, 0), experts=(0, 0, 4, 1), batch=(1,), top_k=4, shared=False, score="softmax"),
+]
 
 
-def always_enough(case: Case) -> StaticSizes:
-    sharding = case.sharding
-    return StaticSizes(rows_per_pair=max(1, *sharding.local_sizes), rows=max(1, sharding.num_tokens * case.top_k))
-
-
-def run_planned(rank: int, case: Case, kind: Kind, run: Run) -> Outcome:
-    with planner_of(kind, rank, always_enough(case)) as planner:
+def run_planned(rank: int, case: Case, kind: Kind, run: Run) -> tuple[Outcome, int]:
+    """Forward and backward of this rank's part, and how often its tokens were routed."""
+    x_BlD, pull_BlD, pull_BlE = case.shards(rank)
+    with planner_of(kind, rank, case.sizes) as planner:
         moe = case.layer(rank, planner=planner)
-        found = run_moe(rank, case, moe, run)
+        with mock.patch.object(moe.router, "choose", wraps=moe.router.choose) as choose:
+            results = run(moe, x_BlD, case.sharding)
+            pull(results, pull_BlD, pull_BlE).backward()
         moe.check()
-        return found
+        return outcome(moe, x_BlD, results), choose.call_count
 
 
-OF_TWO_NODES = [case for case in CASES if case.ranks in (2, 4)]
-
-
-@pytest.mark.parametrize("kind", ["static", "hierarchical"])
-@pytest.mark.parametrize("case", OF_TWO_NODES, ids=str)
-def test_any_plan_equals_one_process(rank_threads: RankThreads, case: Case, kind: Kind) -> None:
-    assert_like_one_process(case, rank_threads.run(run_planned, case.ranks, case, kind, plainly))
-
-
-def of_many(name: str, ranks: int) -> Case:
-    """Shards and experts that are as unlike as so many ranks allow."""
-    before, behind = (0,) * (ranks // 3), (0,) * (ranks - 1 - ranks // 3)
-    if name == "uneven":
-        return Case(seq=(3, 0, 1, 2) * (ranks // 4), experts=(1, 2, 0, 1) * (ranks // 4), top_k=3)
-    if name == "one rank with all tokens":
-        seq = (*before, 30, *behind)
-        return Case(seq=seq, experts=(1,) * ranks, order="LB", groups=4, limited_groups=2)
-    return Case(seq=(1,) * ranks, experts=(*before, 6, *behind), score="softmax", shared=False)
-
-
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("run", [plainly, recomputed])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ["uneven", "one rank with all tokens", "one rank with all experts"])
-@pytest.mark.parametrize("ranks", [16, 64])
-def test_many_ranks_equal_one_process(rank_threads: RankThreads, ranks: int, name: str, kind: Kind) -> None:
-    case = of_many(name, ranks)
-    assert_like_one_process(case, rank_threads.run(run_planned, ranks, case, kind, plainly))
-
-
-@pytest.mark.parametrize("run", [recomputed, recomputed_reentrantly])
-@pytest.mark.parametrize("kind", ["static", "hierarchical"])
-@pytest.mark.parametrize("case", [CASES[3], CASES[12], CASES[14]], ids=str)
-def test_a_recomputation_with_any_plan_gives_the_same_bits(
-    rank_threads: RankThreads, case: Case, kind: Kind, run: Run
+def test_every_kind_of_plan_equals_one_process_and_routes_once(
+    rank_pool: RankPool, kind: Kind, run: Run, case: Case
 ) -> None:
-    plain, again = (rank_threads.run(run_planned, case.ranks, case, kind, way) for way in (plainly, run))
-    for one, other in zip(plain, again, strict=True):
-        assert_equal_outcomes(other, one, 0.0)  # with it the load, counted once
-
-
-def run_too_small(rank: int, case: Case) -> tuple[list[bool], str, Outcome]:
-    """Whether outputs are NaN, what ``check`` says, and a right step of the same layer afterwards."""
-    moe = case.layer(rank, planner=StaticSizes(rows_per_pair=100, rows=case.sharding.num_tokens))
-    y_BlD, _ = moe(case.shards(rank)[0], sharding=case.sharding)
-    moe(case.shards(rank)[0], sharding=case.sharding)  # the report of several plans is one
-    with pytest.raises(StaticSizesError) as error:
-        moe.check()
-    moe.check()  # told once
-    moe.planner = always_enough(case)
-    moe.load_E.zero_()
-    return y_BlD.isnan().flatten().tolist(), str(error.value), run_moe(rank, case, moe)
-
-
-def test_sizes_that_are_too_small_are_told_once_on_every_rank(rank_threads: RankThreads) -> None:
-    case = Case(seq=(3, 0, 2), experts=(0, 5, 0))
-    assert case.top_k == 2
-    nans, texts, outcomes = zip(*rank_threads.run(run_too_small, 3, case), strict=True)
-    assert all(all(of_rank) for of_rank in nans)
-    assert sum(map(len, nans)) == case.sharding.num_tokens * 8
-    assert len(set(texts)) == 1
-    assert "20 " in texts[0]
-    assert "but rows is 10; plan with more" in texts[0]
+    outcomes, routed = zip(*rank_pool.run(run_planned, 4, case, kind, run), strict=True)
     assert_like_one_process(case, outcomes)
+    assert set(routed) == {1}
 
 
-def refused_then_right(rank: int, case: Case, kind: Kind) -> tuple[str, Outcome]:
-    """Rank 1 passes a token less: the text, and a right step of the same layer afterwards."""
-    with planner_of(kind, rank, always_enough(case)) as planner:
-        moe: MoE = case.layer(rank, planner=planner)
-        x_BlD = case.shards(rank)[0]
-        text = refusal(lambda: moe(x_BlD[:, :-1] if rank == 1 else x_BlD, sharding=case.sharding))
-        return text, run_moe(rank, case, moe)
+def host_syncs(rank: int, case: Case, kind: Kind) -> tuple[int, int, int]:
+    """Where the host would wait for a device: in forward, in backward; and the collectives of both."""
+    x_BlD, pull_BlD, _ = case.shards(rank)
+    with planner_of(kind, rank, case.sizes) as planner:
+        moe = case.layer(rank, planner=planner)
+        moe(x_BlD, sharding=case.sharding)  # the sharding keeps what is made once
+        with counting() as forward:
+            y_BlD, _ = moe(x_BlD, sharding=case.sharding)
+        with counting() as backward:
+            run_backward(y_BlD, pull_BlD)
+    return len(forward.host_syncs), len(backward.host_syncs), len(forward.collectives) + len(backward.collectives)
+
+
+@pytest.mark.parametrize(
+    ("kind", "counts"), [("counted", (1, 0, 5)), ("static", (0, 0, 5)), ("hierarchical", (2, 0, 10))]
+)
+def test_host_syncs_and_collectives_of_a_layer(rank_pool: RankPool, kind: Kind, counts: tuple[int, int, int]) -> None:
+    case = replace(CASES[0], dtype=torch.float32)  # widths of 16 bytes: experts wait for nothing
+    assert rank_pool.run(host_syncs, 4, case, kind) == [counts] * 4
+
+
+class Noted(torch.nn.Module):
+    """Shared experts that say when they run."""
+
+    def __init__(self, shared: torch.nn.Module, events: list[str]) -> None:
+        super().__init__()
+        self.shared, self.events = shared, events
+
+    def forward(self, x_BlD: Tensor) -> Tensor:
+        self.events.append("shared")
+        return self.shared(x_BlD)
+
+
+def events_of_a_layer(rank: int, case: Case, kind: Kind) -> list[str]:
+    """What happens in forward, up to the first rows that arrive."""
+    events: list[str] = []
+    start, wait = row_exchange.start_exchange_into, row_exchange.RowExchange.wait
+
+    def noted_start(*args: Any) -> Any:
+        events.append("start")
+        return start(*args)
+
+    def noted_wait(exchange: row_exchange.RowExchange) -> Tensor:
+        events.append("wait")
+        return wait(exchange)
+
+    with planner_of(kind, rank, case.sizes) as planner:
+        moe = case.layer(rank, planner=planner)
+        assert moe.shared is not None
+        moe.shared = Noted(moe.shared, events)
+        with (
+            mock.patch.object(row_exchange, "start_exchange_into", noted_start),
+            mock.patch.object(row_exchange.RowExchange, "wait", noted_wait),
+        ):
+            moe(case.shards(rank)[0], sharding=case.sharding)
+    return events[:3]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_mistake_of_one_rank_is_told_on_every_rank(rank_threads: RankThreads, kind: Kind) -> None:
-    case = replace(CASES[12], seq=(3, 2, 0, 2))
-    texts, outcomes = zip(*rank_threads.run(refused_then_right, case.ranks, case, kind), strict=True)
+def test_shared_experts_run_while_rows_are_on_their_way(rank_pool: RankPool, kind: Kind) -> None:
+    assert rank_pool.run(events_of_a_layer, 4, CASES[0], kind) == [["start", "shared", "wait"]] * 4
+
+
+def tokens_of_another_shape(rank: int, case: Case, kind: Kind) -> tuple[str, tuple[int, ...]]:
+    """Rank 2 passes a token too many. What each rank is told, and whom it blames; then a good call."""
+    x_BlD = case.shards(rank)[0]
+    with planner_of(kind, rank, case.sizes) as planner:
+        moe = case.layer(rank, planner=planner)
+        with pytest.raises(RankMistakeError) as raised:
+            moe(
+                torch.cat([x_BlD, x_BlD.new_zeros(2, 1, x_BlD.shape[2])], 1) if rank == 2 else x_BlD,
+                sharding=case.sharding,
+            )
+        moe(x_BlD, sharding=case.sharding)
+    return str(raised.value), raised.value.ranks
+
+
+@pytest.mark.parametrize(
+    ("kind", "ranks"), [("counted", [(2,)] * 4), ("static", [(2,)] * 4), ("hierarchical", [(0,), (0,), (0,), (0,)])]
+)
+def test_wrong_tokens_of_one_rank_are_everyones_error(
+    rank_pool: RankPool, kind: Kind, ranks: list[tuple[int, ...]]
+) -> None:
+    """A hierarchical plan names the rank in its node, 0 of each, and in the text that of its column."""
+    texts, found = zip(*rank_pool.run(tokens_of_another_shape, 4, CASES[0], kind), strict=True)
     assert len(set(texts)) == 1
-    assert "x is (2, 1, 8) of torch.float64; its shard in order 'BL' is (2, 2, 8)" in texts[0]
-    assert_like_one_process(case, outcomes)
+    assert "x is (2, 1, 8) of torch.float64; its shard in order 'BL' is (2, 0, 8)" in texts[0]
+    assert list(found) == ranks
+    if kind == "hierarchical":
+        assert texts[0].count("between nodes, where rank i is rank 0 + 2 i of all: rank 1: x is (2, 1, 8)") == 2 - 1
+    else:
+        assert texts[0].startswith("rank 2: ")
+
+
+def gradient_on_one_rank(rank: int, case: Case, kind: Kind) -> tuple[str, bool]:
+    """Only rank 1 freezes its router and tokens, so it would take no part in backward for them."""
+    x_BlD = case.shards(rank)[0]
+    with planner_of(kind, rank, case.sizes) as planner:
+        moe = case.layer(rank, planner=planner)
+        if rank == 1:
+            moe.router.requires_grad_(False)
+            x_BlD = x_BlD.detach()
+        try:
+            y_BlD, _ = moe(x_BlD, sharding=case.sharding)
+            assert y_BlD.isnan().all()
+            moe.check()
+        except GroupError as error:
+            return str(error), isinstance(error, DisagreementError | RankMistakeError | StaticSizesError)
+    return "", False
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ranks_agree_about_what_needs_a_gradient(rank_pool: RankPool, kind: Kind) -> None:
+    told = rank_pool.run(gradient_on_one_rank, 4, CASES[0], kind)
+    assert len(set(told)) == 1
+    assert "disagree" in told[0][0]
+    assert told[0][1]
+
+
+def check_after(rank: int, case: Case, rows: list[int]) -> tuple[list[bool], str]:
+    """Calls with so many rows per rank, in turn, in one layer: which outputs are NaN, and what ``check`` says of the
+    sizes of the first. Then it says nothing, also after a call that is good."""
+    x_BlD = case.shards(rank)[0]
+    enough = StaticSizes(rows_per_pair=max(case.sharding.local_sizes), rows=rows[0])
+    moe = case.layer(rank, planner=enough)
+    nan = []
+    for number in rows:
+        moe.planner = replace(enough, rows=number)
+        nan.append(bool(moe(x_BlD, sharding=case.sharding)[0].isnan().any()))
+    moe.planner = enough
+    text = refusal(moe.check)
+    moe.check()
+    moe.planner = replace(enough, rows=case.sharding.num_tokens * case.top_k)
+    moe(x_BlD, sharding=case.sharding)
+    moe.check()
+    assert not {"report", "load_E"} & moe.state_dict().keys()
+    return nan, text
+
+
+def test_check_tells_of_any_call_since_the_last(rank_pool: RankPool) -> None:
+    case = replace(CASES[0], experts=(8, 0, 0, 0))
+    needed = case.sharding.num_tokens * case.top_k
+    for rank, (nan, text) in enumerate(rank_pool.run(check_after, 4, case, [needed - 1, needed - 4])):
+        assert nan == [rank != 2] * 2  # rank 2 has no tokens
+        assert f"{needed} choices fall on the experts of one rank, but rows is {needed - 1}; plan with more" in text
+
+
+def copy_and_refuse(rank: int, case: Case) -> tuple[bool, str, str]:
+    """A deep copy plans over the same nodes; nodes that are not the group's are refused."""
+    x_BlD = case.shards(rank)[0].detach()
+    with node_groups(rank, 2, 2) as nodes:
+        moe = case.layer(rank, planner=nodes)
+        copied: MoE = deepcopy(moe)
+        same = torch.equal(copied(x_BlD, sharding=case.sharding)[0], moe(x_BlD, sharding=case.sharding)[0])
+        of_node = replace(case, experts=case.experts[:2], groups=1, limited_groups=1)
+        in_node = refusal(lambda: of_node.layer(nodes.intra.rank(), group=nodes.intra, planner=nodes))
+        turned = mock.Mock(spec=NodeGroups, num_ranks=4, rank=(rank + 1) % 4)
+        other_order = refusal(lambda: NodeGroups.check_group(turned, Partition(case.experts), world()))
+    return same, in_node, other_order
+
+
+def test_a_copy_stays_in_its_nodes_and_other_nodes_are_refused(rank_pool: RankPool) -> None:
+    for rank, (same, in_node, other_order) in enumerate(rank_pool.run(copy_and_refuse, 4, CASES[0])):
+        assert same
+        assert in_node.startswith("the nodes of a hierarchical plan describes 4 ranks, but the group has 2")
+        assert other_order.startswith(f"rank {rank} of the group is rank {(rank + 1) % 4} of the nodes")

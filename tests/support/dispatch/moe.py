@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from moe_dispatch import Counted, GroupedExperts, MoE, Partition, SwiGLU, TokenSharding, TopKRouter
+from moe_dispatch import Counted, GroupedExperts, MoE, Partition, StaticSizes, SwiGLU, TokenSharding, TopKRouter
 from moe_dispatch.plan.planner import Planner
 from moe_dispatch.reference import ReferenceMoE
 from tests.support.dispatch.checkpoints import Run, plainly
@@ -54,6 +54,12 @@ class Case:
     @property
     def sharding(self) -> TokenSharding:
         return TokenSharding(batch=Partition(self.batch), seq=Partition(self.seq), order=self.order)
+
+    @property
+    def sizes(self) -> StaticSizes:
+        """For a plan of fixed sizes: always enough."""
+        tokens = self.sharding
+        return StaticSizes(rows_per_pair=max(*tokens.local_sizes, 1), rows=max(tokens.num_tokens * self.top_k, 1))
 
     def parts(self) -> tuple[TopKRouter, GroupedExperts, SwiGLU | None]:
         """Router, all of the experts, shared experts."""
