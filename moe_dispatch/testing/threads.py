@@ -27,7 +27,7 @@ from .worlds import Worlds, world_per_thread
 T = TypeVar("T")
 
 GRACE_SECONDS = 5.0  # from the first failure to the end of the run: the other ranks get their turn, to fail alike
-END_SECONDS = 0.5  # for ranks to leave: at once, but for one that runs, which may never return to us
+END_SECONDS = 1.0  # for ranks to leave: at once, but for one that runs, which may never return to us
 
 
 class RankThreads:
@@ -99,7 +99,8 @@ class _Run:
     def __init__(self, name: str, calls: list[tuple[Callable[..., Any], tuple[Any, ...]]], worlds: Worlds) -> None:
         self.name, self.size, self.worlds = name, len(calls), worlds
         self.turns, self.rooms = Turns(self.size), Rooms()
-        self.answers: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
+        self.arriving: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
+        self.answers: dict[int, Any] = {}
         self.threads = [
             threading.Thread(target=self._live, args=(rank, *call), name=f"rank {rank}", daemon=True)
             for rank, call in enumerate(calls)
@@ -116,11 +117,11 @@ class _Run:
             self._end()
 
     def _collect(self, timeout: float) -> list[Any]:
-        answers: dict[int, Any] = {}
+        answers = self.answers
         deadline = time.monotonic() + timeout
         with suppress(queue.Empty):
             while len(answers) < self.size:
-                rank, answer = self.answers.get(timeout=max(0.0, deadline - time.monotonic()))
+                rank, answer = self.arriving.get(timeout=max(0.0, deadline - time.monotonic()))
                 answers[rank] = answer
                 if isinstance(answer, Failure):
                     deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
@@ -140,7 +141,7 @@ class _Run:
 
     def _end(self) -> None:
         """Have every thread end that can."""
-        if any(thread.is_alive() for thread in self.threads):
+        if len(self.answers) < self.size:
             holder = self.turns.abandon()
             if holder is not None and (number := self.threads[holder].ident):
                 # Raises at its next line of Python; a rank in a sleep or in C code goes on until it returns from it.
@@ -161,5 +162,5 @@ class _Run:
             except BaseException as error:  # pytest.fail and sys.exit raise no Exception
                 answer = failure_of(rank, error)
             self.turns.leave(rank)
-            # Last: once all answers are there, the run is over, and a rank that is still in turn is stopped.
-            self.answers.put((rank, answer))
+            # Last: a run whose answers are all there stops nobody, and a time-out before stops who has the turn.
+            self.arriving.put((rank, answer))

@@ -107,8 +107,6 @@ class MadeGroups:
 
         A group has 3 threads, which end with its last reference. Objects that the case left hold it: a graph, a mesh.
         """
-        if not dist.is_initialized():  # the case destroyed the default group too
-            return
         for group in [group for group in c10d._world.pg_map if group is not self._default]:
             dist.destroy_process_group(group)
         # Ranks name the next groups by counting. They may have made more or fewer of them than their peers, so they

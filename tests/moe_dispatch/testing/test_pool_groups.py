@@ -28,6 +28,8 @@ def groups_and_mesh(rank: int) -> tuple[float, int]:
         dist.all_reduce(x, group=group)
     mesh = init_device_mesh("cpu", (1, 3), mesh_dim_names=("outer", "inner"))
     dist.all_reduce(x, group=mesh.get_group("inner"))
+    loop: list[object] = [group, mesh]
+    loop.append(loop)  # garbage that no count of references frees
     return x.item(), num_threads()
 
 
