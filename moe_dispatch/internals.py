@@ -2,7 +2,7 @@
 
 from .wire.agreement import BAD, Statement, digest
 from .wire.autocast import cast_to_autocast, without_autocast
-from .wire.exchange import check_group, start_exchange
+from .wire.exchange import check_group, check_is_group, start_exchange
 from .wire.group_copy import copy_in_group
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "Statement",
     "cast_to_autocast",
     "check_group",
+    "check_is_group",
     "copy_in_group",
     "digest",
     "start_exchange",

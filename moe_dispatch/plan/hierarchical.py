@@ -20,7 +20,7 @@ from torch import Tensor
 from ..errors import GroupError
 from ..layout.partition import Partition
 from ..layout.sharding import TokenSharding
-from ..wire.exchange import check_group
+from ..wire.exchange import check_group, check_is_group
 from .counted import Counted
 from .ids.checks import expected_message
 from .metadata import DispatchMetadata
@@ -91,7 +91,7 @@ class NodeGroups:
 
     def __post_init__(self) -> None:
         for group in (self.inter, self.intra):
-            check_group(group, group.size() if isinstance(group, dist.ProcessGroup) else 0, "a node")
+            check_is_group(group)
         in_node, in_column = (dist.get_process_group_ranks(group) for group in (self.intra, self.inter))
         span, ascending = in_node[-1] - in_node[0], in_node == sorted(in_node)
         if not ascending or any(later - first <= span for first, later in pairwise(in_column)):

@@ -97,13 +97,22 @@ def _exchange(
     return dist.all_to_all_single(out, rows, list(received), list(sent), group=group, async_op=in_background)
 
 
-def check_group(group: dist.ProcessGroup | None, num_ranks: int, what: str) -> None:
-    """Raise ValueError unless ``group`` is a process group of ``num_ranks`` ranks. No communication."""
+def check_is_group(group: dist.ProcessGroup | None) -> None:
+    """Raise ValueError unless ``group`` is a process group. No communication."""
     if not isinstance(group, dist.ProcessGroup):
         raise ValueError(
             f"group is {group!r}; pass the process group explicitly, e.g. torch.distributed.group.WORLD once "
             "init_process_group has run, or device_mesh.get_group()"
         )
+
+
+def check_group(group: dist.ProcessGroup, num_ranks: int, what: str) -> None:
+    """Raise ValueError unless ``group`` is a process group of ``num_ranks`` ranks. No communication.
+
+    Args:
+        what: that has a piece for each rank.
+    """
+    check_is_group(group)
     if group.size() != num_ranks:
         raise ValueError(
             f"{what} describes {num_ranks} ranks, but the group has {group.size()}; they have to be equal, one "

@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_dispatch.internals import Statement, check_group
+from moe_dispatch.internals import Statement, check_is_group
 
 from ..dtypes import dtype_of_sums, is_integer
 
@@ -104,7 +104,7 @@ def mean_cross_entropy(
 
 def _mean(loss_sum: Tensor, count: int | Tensor, problem: str, group: dist.ProcessGroup) -> MeanLoss:
     """The mean of each rank's ``loss_sum`` over all ``count``, or the problems of all ranks."""
-    check_group(group, group.size() if isinstance(group, dist.ProcessGroup) else 0, "the loss")
+    check_is_group(group)
     # float64: float32 counts to 2 ** 24 tokens and no further.
     mine = torch.zeros(3, dtype=torch.float64, device=loss_sum.device)
     mine[2] = bool(problem)

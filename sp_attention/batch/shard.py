@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_dispatch import TokenSharding, agree
-from moe_dispatch.internals import check_group, digest
+from moe_dispatch.internals import check_is_group, digest
 
 from ..attend.documents import Documents
 from ..attend.dropout import mix
@@ -41,7 +41,7 @@ def shard_batch(batch: Batch, *, sharding: TokenSharding, group: dist.ProcessGro
             differ in sharding, tokens, targets, positions, padding, documents, ``ignore_index`` or the shape of a
             mask.
     """
-    check_group(group, group.size() if isinstance(group, dist.ProcessGroup) else 0, "the batch")
+    check_is_group(group)
     facts, problem, sharded, cause = "", "", None, None
     try:
         _check_types(batch)
