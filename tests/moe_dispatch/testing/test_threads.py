@@ -56,9 +56,11 @@ def assert_healthy(rank_threads: RankThreads) -> None:
 def process_as_before() -> Iterator[None]:
     """Every run here, also one that fails, leaves these alone."""
     torch.manual_seed(7)
+    torch.set_num_threads(2)  # not what a run sets
     before = (dist.distributed_c10d._world, torch.get_num_threads(), torch.get_rng_state().tolist(), warnings.filters)
     yield
     after = (dist.distributed_c10d._world, torch.get_num_threads(), torch.get_rng_state().tolist(), warnings.filters)
+    torch.set_num_threads(1)
     assert after == before
     assert not dist.is_initialized()
 
