@@ -1,5 +1,7 @@
 """Every kind of plan on 16 and 64 ranks: rows bit for bit, outputs and every gradient as in the dense layer."""
 
+from functools import cache
+
 import pytest
 import torch
 
@@ -47,6 +49,14 @@ NAMES = (
 )
 
 
+@cache  # for every kind of plan
+def answered(name: str, ranks: int) -> tuple[Case, Answer]:
+    """The case, and what it has to give."""
+    torch.manual_seed(ranks)
+    case = make(name, ranks)
+    return case, dense_answer(case)
+
+
 def run_case(
     rank: int, kind: Kind, sizes: StaticSizes, in_combine: tuple[bool, ...], case: Case, answer: Answer
 ) -> list[str]:
@@ -59,14 +69,18 @@ def run_case(
     return failures_of(case, found)
 
 
-@pytest.mark.parametrize("name", NAMES)
+def every_size_and_name() -> list[object]:
+    """A case of 64 ranks takes a second: half of them are for the sweep."""
+    marks = {(64, name): [pytest.mark.sweep] for name in NAMES[1::2]}
+    return [pytest.param(ranks, name, marks=marks.get((ranks, name), [])) for ranks in SIZES for name in NAMES]
+
+
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("ranks", SIZES)
+@pytest.mark.parametrize(("ranks", "name"), every_size_and_name())
 def test_every_plan_equals_the_dense_layer(rank_threads: RankThreads, ranks: int, kind: Kind, name: str) -> None:
-    torch.manual_seed(ranks)
-    case = make(name, ranks)
+    case, answer = answered(name, ranks)
     assert case.layout.ranks == len(case.experts) == ranks
     turn = NAMES.index(name) % 2 == 0  # at 64 ranks, 0.7 s each
     in_combine = (True, False) if ranks < 64 else (turn,)
-    found = rank_threads.run(run_case, ranks, kind, enough(case), in_combine, case, dense_answer(case))
+    found = rank_threads.run(run_case, ranks, kind, enough(case), in_combine, case, answer)
     assert found == [[]] * ranks

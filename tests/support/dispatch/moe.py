@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from functools import cache
 from typing import Literal
 
 import torch
@@ -169,6 +170,7 @@ def run_moe(rank: int, case: Case, moe: MoE, run: Run = plainly) -> Outcome:
     return outcome(moe, x_BlD, results)
 
 
+@cache  # the same for every kind of plan and every way to run
 def one_process(case: Case) -> Outcome:
     """The same in one process."""
     reference, (x_BLD, pull_BLD, pull_BLE) = case.reference(), case.inputs()
