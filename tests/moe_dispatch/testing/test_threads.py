@@ -244,12 +244,12 @@ def test_a_time_out_outside_a_collective_tells_where_each_rank_stood(
     assert "in wait_in_barrier\n" in places[0]
     assert all(place.endswith(f"in {name}") for place in places[:2])
     assert places[2].endswith("it had no turn yet")
-    for thread in threading.enumerate():  # only the one that sleeps is still there, and ends when it wakes
-        assert thread.name in ("rank 1",) or not thread.name.startswith("rank ")
-        if thread.name == "rank 1":
-            assert case is sleep_here
+    left = [thread for thread in threading.enumerate() if thread.name.startswith("rank ")]
+    for thread in left:  # at once, but on a busy machine; only the one that sleeps stays, and ends when it wakes
+        if thread.name == "rank 1" and case is sleep_here:
             assert rank_threads.run(place, 2) == [(0, 0, 2), (1, 1, 2)]
-            thread.join(SOON_SECONDS)
+        thread.join(SOON_SECONDS)
+        assert not thread.is_alive(), thread.name
     assert_healthy(rank_threads)
 
 
