@@ -2,6 +2,8 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 STAMP := .venv/.installed
+# Processes that run tests. Each has up to ten ranks of its own, most of them idle: two for two cores.
+WORKERS ?= 2
 DOCS_STAMP := .venv/.docs_installed
 
 .PHONY: example validate test sweep check docs lint types format clean
@@ -13,13 +15,10 @@ validate: $(STAMP)
 	$(BIN)/python -m moe_dispatch validate
 
 test: $(STAMP)
-	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest -q
-	$(BIN)/coverage combine -q
-	$(BIN)/coverage report
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal --cov
 
 sweep: $(STAMP)
-	$(BIN)/python -m pytest -q -m sweep
+	$(BIN)/python -m pytest -q -m sweep -n $(WORKERS) --dist worksteal
 
 check: test lint types
 

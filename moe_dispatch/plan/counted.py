@@ -12,7 +12,7 @@ from torch import Tensor
 from ..layout.partition import Partition
 from ..layout.sharding import TokenSharding
 from ..wire.agreement import BAD, Statement
-from .ids.checks import expected_message, problem_of_arguments, problem_of_values, status_word
+from .ids.checks import expected_message, ids_and_word, problem_of_arguments, problem_of_values
 from .ids.exchange import IdsExchange
 from .metadata import DispatchMetadata
 from .row_index import ReceivedRows, SentRows
@@ -44,9 +44,7 @@ class Counted:
             num_choices, device = expected_message(expert_BlK, weight_BlK)
             self.refuse(problem, terms, group, num_choices=num_choices, device=device)
         tokens = terms.tokens(rank, expert_BlK.shape[2], expert_BlK.device)
-        wanted_tK = expert_BlK.flatten(0, 1) + 1
-        id_tK = wanted_tK.clamp(0, terms.experts.total)
-        word = status_word(wanted_tK, id_tK, weight_BlK, tokens.expected)
+        id_tK, word = ids_and_word(expert_BlK, weight_BlK, tokens)
         exchange = IdsExchange.start(id_tK, word, tokens, group)
         sent_rows = SentRows.of(id_tK, tokens)
         sent_P = sent_rows.count_P

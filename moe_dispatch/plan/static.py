@@ -16,7 +16,7 @@ from torch import Tensor
 from ..layout.partition import Partition, check_count
 from ..layout.sharding import TokenSharding
 from ..wire.agreement import Statement
-from .ids.checks import expected_message, problem_of_arguments, status_word
+from .ids.checks import expected_message, ids_and_word, problem_of_arguments
 from .ids.exchange import IdsExchange
 from .metadata import DispatchMetadata
 from .row_index import ReceivedRows, SentRows
@@ -111,9 +111,7 @@ class StaticSizes:
             num_choices, device = expected_message(expert_BlK, weight_BlK)
             self.refuse(problem, terms, group, num_choices=num_choices, device=device)
         tokens = terms.tokens(rank, expert_BlK.shape[2], expert_BlK.device)
-        wanted_tK = expert_BlK.flatten(0, 1) + 1
-        id_tK = wanted_tK.clamp(0, terms.experts.total)
-        word = status_word(wanted_tK, id_tK, weight_BlK, tokens.expected)
+        id_tK, word = ids_and_word(expert_BlK, weight_BlK, tokens)
         exchange = IdsExchange.start(id_tK, word, tokens, group)
         sent = index_sent(SentRows.of(id_tK, tokens), self.rows_per_pair)
         id_GK, word_P = exchange.wait()

@@ -65,6 +65,8 @@ class RankPool:
     def close(self) -> None:
         """End all ranks. A second call does nothing."""
         self._closed = True
+        for team in self._teams.values():
+            team.dismiss()  # all at once: to leave takes a second or two
         while self._teams:
             self._teams.popitem()[1].end()
 

@@ -17,7 +17,7 @@ from .rank_process import DESTROY_GROUPS, OWN_FRAME, rank_main, stack_file
 START_SECONDS = 120.0  # to spawn: each rank imports torch, 2 s on idle cores and many times that on busy ones
 GRACE_SECONDS = 0.3  # from the first failure to the end of the case: ranks that fail alike take milliseconds
 STACK_SECONDS = 2.0  # for ranks to write where they stand: milliseconds, unless the machine is out of cores
-END_SECONDS = 5.0  # for ranks to leave: 0.2 s, but for ever where gloo waits for a collective that its peer left
+END_SECONDS = 15.0  # for ranks to leave: 0.2 s, 6 s where 18 write coverage; for ever where gloo waits for a peer
 
 
 class Team:
@@ -63,14 +63,20 @@ class Team:
                 connection.send_bytes(message)
         return self._collect(name, timeout)
 
-    def end(self) -> None:
-        """Kill the busy ranks, who may be stuck; let the others end, so that coverage in them writes its data."""
+    def dismiss(self) -> None:
+        """Kill the busy ranks, who may be stuck; ask the others to leave. A second call does nothing."""
         for rank in self.busy:
             self.processes[rank].kill()
         for connection in self.connections:
             with suppress(OSError):  # it died
                 connection.send_bytes(b"")
             connection.close()
+        self.busy.clear()
+        self.connections.clear()
+
+    def end(self) -> None:
+        """Dismiss the ranks and see them leave in order, so that coverage in them writes its data."""
+        self.dismiss()
         deadline = time.monotonic() + END_SECONDS
         for process in self.processes:
             process.join(max(0.0, deadline - time.monotonic()))

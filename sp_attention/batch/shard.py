@@ -42,13 +42,14 @@ def shard_batch(batch: Batch, *, sharding: TokenSharding, group: dist.ProcessGro
             mask.
     """
     check_is_group(group)
-    facts, problem, sharded, cause = "", "", None, None
+    facts, problem, cause = "", "", None
+    parts: list[ShardedBatch] = []  # one, unless there is a problem
     try:
         _check_types(batch)
         check_sharding(sharding, group)
         completed = CompletedBatch.of(batch, sharding)
         facts = completed.facts(sharding, batch.ignore_index)
-        sharded = completed.part(batch, sharding, group.rank())
+        parts = [completed.part(batch, sharding, group.rank())]
     except ValueError as error:
         problem = str(error)
     except Exception as error:  # whatever it is, the peers wait for a word about it
@@ -57,8 +58,7 @@ def shard_batch(batch: Batch, *, sharding: TokenSharding, group: dist.ProcessGro
         agree(facts, problem=problem, device=_device_of(batch), group=group)
     except ValueError as told:
         raise told from cause
-    assert sharded is not None  # there was no problem
-    return sharded
+    return parts[0]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

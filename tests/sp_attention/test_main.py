@@ -6,6 +6,7 @@ import re
 import runpy
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -33,17 +34,8 @@ NAMES = [
 ]
 
 
-def test_the_command_prints_a_table_and_succeeds() -> None:
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-m", "sp_attention"],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    title, _, header, *rows = done.stdout.splitlines()
+def assert_every_case_agrees(text: str) -> None:
+    title, _, header, *rows = text.splitlines()
     assert title == "attention over 4 ranks and on one, float64: max |difference|, at most 1e-12"
     assert re.split(r"  +", header) == list(program.HEADER)
     assert [row.split("  ")[0] for row in rows] == NAMES
@@ -54,6 +46,26 @@ def test_the_command_prints_a_table_and_succeeds() -> None:
         cells = re.split(r"  +", row)
         assert len(cells) == len(program.HEADER)
         assert all(re.fullmatch(r"\d\.\de[-+]\d\d", cell) for cell in cells[5:9])
+
+
+def test_the_command_prints_a_table_and_succeeds(rank_pool: RankPool, capsys: pytest.CaptureFixture[str]) -> None:
+    with mock.patch.object(program, "RankPool", return_value=nullcontext(rank_pool)):
+        assert program.main() == 0
+    assert_every_case_agrees(capsys.readouterr().out)
+
+
+@pytest.mark.sweep
+def test_the_command_in_a_process_of_its_own() -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-m", "sp_attention"],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert_every_case_agrees(done.stdout)
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")

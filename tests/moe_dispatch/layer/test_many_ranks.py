@@ -11,6 +11,8 @@ from tests.support.dispatch.moe import CASES, Case, Outcome, assert_equal_outcom
 from tests.support.dispatch.plans import KINDS, Kind, planner_of
 from tests.support.ranks import refusal
 
+pytestmark = pytest.mark.usefixtures("uncovered")
+
 
 def run_planned(rank: int, case: Case, kind: Kind, run: Run) -> Outcome:
     with planner_of(kind, rank, case.sizes) as planner:

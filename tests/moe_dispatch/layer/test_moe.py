@@ -24,6 +24,8 @@ from tests.support.dispatch.moe import (
     run_layer,
 )
 
+pytestmark = pytest.mark.usefixtures("uncovered")
+
 
 def random_case(seed: int) -> Case:
     rng = random.Random(seed)

@@ -30,6 +30,8 @@ from tests.support.dispatch.moe import Case, Outcome, assert_like_one_process, o
 from tests.support.dispatch.plans import KINDS, Kind, node_groups, planner_of
 from tests.support.ranks import refusal, world
 
+pytestmark = pytest.mark.usefixtures("uncovered")
+
 CASES = [
     Case(seq=(3, 1, 0, 2), experts=(2, 2, 2, 2), groups=4, limited_groups=2, top_k=3),
     Case(seq=(3, 2), batch=(2, 1), experts=(3, 0, 2, 1), order="LB"),

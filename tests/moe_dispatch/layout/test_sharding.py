@@ -15,6 +15,8 @@ from moe_dispatch.layout.stacked import stacked_tokens
 from tests.support.dispatch.layouts import Layout, Order, compositions
 from tests.support.dispatch.plans import sharding_of
 
+pytestmark = pytest.mark.usefixtures("uncovered")
+
 ORDERS: tuple[Order, Order] = ("BL", "LB")
 GlobalToken = Callable[[TokenSharding, Tensor, int], Tensor]
 

@@ -37,6 +37,8 @@ from tests.support.dispatch.layer import Layer
 from tests.support.dispatch.layouts import Layout
 from tests.support.dispatch.plans import counted, node_groups, sharding_of
 
+pytestmark = pytest.mark.usefixtures("uncovered")
+
 EXCHANGE = "all_to_all_single"
 
 

@@ -27,6 +27,8 @@ from tests.support.dispatch.layer import MEMORIES, Layer, failures_of, misplaced
 from tests.support.dispatch.layouts import EXPERTS, Layout, Order, layouts
 from tests.support.dispatch.routings import ROUTINGS
 
+pytestmark = pytest.mark.usefixtures("uncovered")
+
 
 def turns(i: int) -> tuple[str, bool]:
     """Memory of the inputs, and whether combine weighs, of case i: slower than experts and K take turns."""

@@ -12,6 +12,8 @@ from tests.support.dispatch.layer import Layer, failures_of, misplaced_rows
 from tests.support.dispatch.layouts import Layout
 from tests.support.dispatch.plans import KINDS, Kind, enough, planning
 
+pytestmark = pytest.mark.usefixtures("uncovered")
+
 SIZES = (16, 64)
 
 

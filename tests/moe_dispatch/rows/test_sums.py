@@ -9,6 +9,8 @@ from torch import Tensor
 from moe_dispatch.rows.buffer import RowFormat
 from moe_dispatch.rows.sums import VALUES_AT_ONCE_CPU, dot_rows, sum_rows, sum_weighted_rows, weigh_rows
 
+pytestmark = pytest.mark.usefixtures("uncovered")
+
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 # Unit roundoff of the dtype that a result is rounded to; sums of at most 5 terms of order 1 in float32 add little.
 ROUNDED = {torch.float64: 1e-15, torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}

@@ -4,7 +4,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -26,6 +26,13 @@ from tests.support.dispatch.rank_cases import (
     wait_in_barrier,
     wait_in_sleep,
 )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def rank_pool() -> Iterator[RankPool]:
+    """Not the one of the session: a rank that is killed writes no coverage of the cases before."""
+    with RankPool() as pool:
+        yield pool
 
 
 @pytest.mark.parametrize("wait", [wait_in_barrier, wait_in_all_reduce])

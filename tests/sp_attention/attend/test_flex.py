@@ -22,7 +22,10 @@ from tests.support.attention.flex import PADDING_BL, slope, tensors
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 0.05}
 # It says that the uncompiled function is slow: that is the point here.
-pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning"),
+    pytest.mark.usefixtures("uncovered"),
+]
 
 
 @pytest.fixture(params=[torch.no_grad, torch.enable_grad], ids=["flex_attention", "whole tensors"])

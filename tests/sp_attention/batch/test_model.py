@@ -18,6 +18,8 @@ from tests.support.attention.batches import NONE, Order
 from tests.support.ranks import world
 from tests.support.tensors import scattered
 
+pytestmark = pytest.mark.usefixtures("uncovered")
+
 VOCAB, WIDTH, HEADS, GROUPS = 11, 12, 3, 1
 
 

@@ -12,6 +12,7 @@ from torch._dynamo.exc import Unsupported
 from moe_dispatch import Partition, TokenSharding
 from moe_dispatch.testing import RankPool
 from sp_attention import heads_from_tokens, tokens_from_heads, ulysses_attention
+from tests.support.compile import untraced
 from tests.support.ranks import world
 from tests.support.tensors import TOLERANCE, difference, grad_of, leaf, share
 
@@ -30,6 +31,7 @@ class Block(nn.Module):
         return self.after(self.middle(x_BlNH).flatten(2))
 
 
+@untraced()
 def compiled(rank: int, name: str, seq: tuple[int, ...], sizes: tuple[int, ...]) -> list[str]:
     """What a compiled block computes otherwise, or which gradient of it is zero."""
     sharding, heads = TokenSharding(batch=2, seq=Partition(seq)), Partition(sizes)
@@ -66,11 +68,12 @@ def compiled(rank: int, name: str, seq: tuple[int, ...], sizes: tuple[int, ...])
 
 
 LENGTHS = [(3, 2), (4, 3), (0, 6)]
-LENGTHS_OF: dict[str, list[tuple[int, int]]] = {
-    "causal": LENGTHS[:2],  # each compiles anew, and the block above has an empty shard
-    "other numbers": LENGTHS,
-    "documents": LENGTHS,
-}
+OVER_LENGTHS = [
+    ("causal", False, LENGTHS[:2]),  # each compiles anew, and the block above has an empty shard
+    ("other numbers", None, LENGTHS[::2]),
+    ("documents", None, LENGTHS),
+    pytest.param("other numbers", None, LENGTHS, marks=pytest.mark.sweep),
+]
 
 
 def options_of(name: str, batch: int, length: int) -> dict[str, Any]:
@@ -101,7 +104,8 @@ class SelfAttention(nn.Module):
         return self.after(ulysses_attention(q_BlNH, *kv, sharding=sharding, group=world(), **options).flatten(2))
 
 
-def over_lengths(rank: int, name: str, dynamic: bool | None) -> list[str]:
+@untraced()
+def over_lengths(rank: int, name: str, dynamic: bool | None, lengths: list[tuple[int, int]]) -> list[str]:
     """What one compiled block computes otherwise."""
     torch._dynamo.reset()
     batch = 1 if name == "documents" else 2
@@ -109,7 +113,7 @@ def over_lengths(rank: int, name: str, dynamic: bool | None) -> list[str]:
     block = SelfAttention()
     compiled = torch.compile(block, fullgraph=name != "documents", backend="aot_eager", dynamic=dynamic)
     failures = []
-    for seq in LENGTHS_OF[name]:
+    for seq in lengths:
         sharding = TokenSharding(batch=batch, seq=Partition(seq))
         options = options_of(name, batch, sum(seq))
         x_BlD = share(torch.randn(batch, sum(seq), 5, dtype=torch.float64), seq, "BL", rank)
@@ -126,6 +130,7 @@ def over_lengths(rank: int, name: str, dynamic: bool | None) -> list[str]:
     return failures
 
 
+@untraced()
 def documents_in_one_graph(rank: int) -> str:
     """What is told."""
     torch._dynamo.reset()
@@ -147,6 +152,7 @@ WRONG: dict[str, dict[str, Any]] = {
 }
 
 
+@untraced()
 def wrong_on_rank_1(rank: int, name: str) -> tuple[str, float]:
     """What this rank's graph raises when it runs, and the sum over the group after it."""
     torch._dynamo.reset()
@@ -163,6 +169,7 @@ def wrong_on_rank_1(rank: int, name: str) -> tuple[str, float]:
     return str(error.value), total.item()
 
 
+@untraced()
 def in_autocast(rank: int) -> tuple[torch.dtype, bool]:
     torch._dynamo.reset()
     sharding = TokenSharding(batch=2, seq=Partition((3, 2)))
@@ -178,8 +185,22 @@ def in_autocast(rank: int) -> tuple[torch.dtype, bool]:
     return got.dtype, torch.equal(got, wanted)
 
 
-@pytest.mark.parametrize(("seq", "heads"), [((3, 4), (3, 1)), ((0, 5), (2, 2)), ((3, 4), (4, 0))])
-@pytest.mark.parametrize("name", ["exchange", "attention"])
+SHARES = [
+    ("exchange", (3, 4), (4, 0)),
+    ("attention", (3, 4), (3, 1)),
+    ("attention", (0, 5), (2, 2)),
+    *(
+        pytest.param(*shares, marks=pytest.mark.sweep)
+        for shares in [
+            ("exchange", (3, 4), (3, 1)),
+            ("exchange", (0, 5), (2, 2)),
+            ("attention", (3, 4), (4, 0)),
+        ]
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "seq", "heads"), SHARES)
 def test_a_compiled_block_has_the_same_gradients(
     rank_pool: RankPool, name: str, seq: tuple[int, ...], heads: tuple[int, ...]
 ) -> None:
@@ -187,12 +208,12 @@ def test_a_compiled_block_has_the_same_gradients(
     assert rank_pool.run(compiled, 2, name, seq, heads, timeout=120) == [[]] * 2
 
 
-@pytest.mark.parametrize(("name", "dynamic"), [("causal", False), ("other numbers", None), ("documents", None)])
+@pytest.mark.parametrize(("name", "dynamic", "lengths"), OVER_LENGTHS)
 def test_one_compiled_block_takes_one_length_after_the_other(
-    rank_pool: RankPool, name: str, dynamic: bool | None
+    rank_pool: RankPool, name: str, dynamic: bool | None, lengths: list[tuple[int, int]]
 ) -> None:
     """With ``dynamic`` left alone, torch makes the second length a symbol; documents are a graph break."""
-    assert rank_pool.run(over_lengths, 2, name, dynamic, timeout=120) == [[]] * 2
+    assert rank_pool.run(over_lengths, 2, name, dynamic, lengths, timeout=120) == [[]] * 2
 
 
 def test_documents_are_no_part_of_a_graph(rank_pool: RankPool) -> None:

@@ -11,6 +11,7 @@ from moe_dispatch.testing import RankPool
 from sp_attention import UlyssesAttention, scaled_dot_product, ulysses_attention
 from sp_attention.call.option_records import OPTIONS, Option
 from sp_attention.reference import reference_attention
+from tests.support.compile import untraced
 from tests.support.ranks import world
 from tests.support.tensors import difference
 
@@ -39,6 +40,7 @@ def test_an_option_is_named_where_it_has_to_be(option: Option) -> None:
     assert option.name in arguments_of(reference_attention)
 
 
+@untraced()
 def with_every_option(rank: int) -> list[float]:
     """How far the compiled call, in one graph, is from the same call."""
     torch._dynamo.reset()

@@ -20,6 +20,8 @@ from tests.support.attention.batches import Order
 from tests.support.ranks import refusal, world
 from tests.support.tensors import same_bits, scattered
 
+pytestmark = pytest.mark.usefixtures("uncovered")
+
 Sizes = tuple[int, ...]
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8]
 MEMORIES: dict[str, Callable[[Tensor], Tensor]] = {

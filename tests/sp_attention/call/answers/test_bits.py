@@ -16,6 +16,8 @@ from tests.support.attention.masks import KINDS
 from tests.support.attention.whole import Whole, shares_of, shares_of_ulysses, whole_answer
 from tests.support.tensors import same_bits
 
+pytestmark = pytest.mark.usefixtures("uncovered")
+
 
 def whole_in_one_process(attend: Attend) -> Attend:
     """``attend`` on whole tensors, document by document where there are some."""

@@ -20,6 +20,8 @@ from tests.support.attention.whole import Seen, recording
 from tests.support.ranks import world
 from tests.support.tensors import TOLERANCE, Order, difference, grad_of, leaf, same_bits, share
 
+pytestmark = pytest.mark.usefixtures("uncovered")
+
 # Documents (real length, slots), padding before the first, inside each, and a tail after the last: 28 tokens.
 # One is all padding, one is empty, two have one token.
 REALS, SLOTS, BEFORE, TAIL = [5, 0, 1, 7, 0, 1], [6, 2, 1, 9, 0, 3], 3, 4

@@ -16,6 +16,8 @@ from tests.support.attention.equal import failures_of
 from tests.support.attention.masks import KINDS
 from tests.support.tensors import scattered
 
+pytestmark = pytest.mark.usefixtures("uncovered")
+
 # The cases of ../shared/known-bugs.md, part 2, that are one call.
 NAMED = {
     "B4 two documents": named_case(2, "packed", (8, 8), batch=1, num_heads=(8, 4)),

@@ -12,6 +12,8 @@ from moe_dispatch.lab.validate.text import default_text
 from moe_dispatch.testing import RankPool
 from tests.support.lab.small_matrix import PACKED, PoolRanks, QuietWatcher, row, small_config
 
+pytestmark = pytest.mark.usefixtures("uncovered")
+
 
 def test_every_mutant_is_caught(rank_pool: RankPool) -> None:
     """On as few ranks and layers as show all of them: each mutant takes a run, and each control."""
