@@ -1,11 +1,13 @@
 """Consecutive things cut into one piece per rank: tokens, heads, experts."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from .frozen import Frozen
 
 
 def check_count(value: object, name: str, least: int) -> None:
@@ -14,8 +16,7 @@ def check_count(value: object, name: str, least: int) -> None:
         raise ValueError(f"{name} is {value!r}; it has to be an int of at least {least}")
 
 
-@dataclass(frozen=True, slots=True, init=False)
-class Partition:
+class Partition(Frozen):
     """``total`` consecutive things cut into contiguous pieces, one per rank; a piece may be empty.
 
     Args:
@@ -31,8 +32,10 @@ class Partition:
     """
 
     sizes: tuple[int, ...]
-    offsets: tuple[int, ...] = field(repr=False, compare=False)
-    total: int = field(repr=False, compare=False)
+    offsets: tuple[int, ...]
+    total: int
+
+    __slots__ = ("offsets", "sizes", "total")
 
     def __init__(self, sizes: Iterable[int]) -> None:
         object.__setattr__(self, "sizes", tuple(sizes))
@@ -77,6 +80,9 @@ class Partition:
 
     def __len__(self) -> int:
         return len(self.sizes)
+
+    def _value(self) -> dict[str, Any]:
+        return {"sizes": self.sizes}
 
     def owner(self, index: Tensor) -> Tensor:
         """Rank that holds each ``index``; ``index`` has any shape, with values in [0, total)."""

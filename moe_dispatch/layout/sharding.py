@@ -6,20 +6,19 @@ and wrong for the rest.
 """
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, Literal, TypeVar, overload
 
 import torch
 from torch import Tensor
 
+from .frozen import Frozen
 from .partition import Partition, check_count
 
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True, init=False)
-class TokenSharding:
+class TokenSharding(Frozen):
     """The (B, L) grid of tokens cut into rectangles, one per rank of a group.
 
     Rank r holds the rectangle ``(r // len(seq), r % len(seq))`` of ``batch`` x ``seq``, as a DeviceMesh ``("dp",
@@ -53,14 +52,16 @@ class TokenSharding:
     seq: Partition
     order: Literal["BL", "LB"]
     rectangles: tuple[int, ...]
-    num_ranks: int = field(repr=False, compare=False)
-    num_tokens: int = field(repr=False, compare=False)
-    global_shape: tuple[int, int] = field(repr=False, compare=False)
-    local_sizes: tuple[int, ...] = field(repr=False, compare=False)
-    local_starts: tuple[int, ...] = field(repr=False, compare=False)
-    num_held: int = field(repr=False, compare=False)
-    _pieces: tuple[tuple[int, int], ...] = field(repr=False, compare=False)
-    _kept: dict[Hashable, Any] = field(repr=False, compare=False)
+    num_ranks: int
+    num_tokens: int
+    global_shape: tuple[int, int]
+    local_sizes: tuple[int, ...]
+    local_starts: tuple[int, ...]
+    num_held: int
+    _pieces: tuple[tuple[int, int], ...]
+    _kept: dict[Hashable, Any]
+
+    __slots__ = tuple(__annotations__)
 
     def __init__(self, *, batch: Partition | int, seq: Partition | int, order: Literal["BL", "LB"] = "BL") -> None:
         if order not in ("BL", "LB"):
@@ -94,9 +95,15 @@ class TokenSharding:
         ):
             object.__setattr__(self, name, value)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Copies and pickles leave what is kept behind."""
-        return _rebuilt, (self.batch, self.seq, self.order, self.rectangles)
+    def _value(self) -> dict[str, Any]:
+        return {"batch": self.batch, "seq": self.seq, "order": self.order, "rectangles": self.rectangles}
+
+    @classmethod
+    def _of(cls, *value: Any) -> "TokenSharding":
+        batch, seq, order, rectangles = value
+        sharding = cls(batch=batch, seq=seq, order=order)
+        sharding._hold(rectangles)
+        return sharding
 
     def keep(self, key: Hashable, make: Callable[[], T]) -> T:
         """What ``make`` gives, made once for each ``key`` and kept for as long as this object lives: for tensors that
@@ -215,7 +222,7 @@ class TokenSharding:
             self._piece(rank)
         if not ranks or len(set(ranks)) != len(ranks):
             raise ValueError(f"ranks {ranks} selected; name at least one rank, and each once")
-        return _rebuilt(self.batch, self.seq, self.order, tuple(self.rectangles[rank] for rank in ranks))
+        return TokenSharding._of(self.batch, self.seq, self.order, tuple(self.rectangles[rank] for rank in ranks))
 
     def check_local(self, x: Tensor, rank: int) -> None:
         """Raise ValueError unless ``x`` has the shape (b, l, ...) or (l, b, ...) that ``rank`` holds."""
@@ -250,11 +257,3 @@ class TokenSharding:
                 f"rank {rank} of a sharding over {self.num_ranks} ranks; it has to be 0 to {self.num_ranks - 1}"
             )
         return self._pieces[rank]
-
-
-def _rebuilt(
-    batch: Partition, seq: Partition, order: Literal["BL", "LB"], rectangles: tuple[int, ...]
-) -> TokenSharding:
-    sharding = TokenSharding(batch=batch, seq=seq, order=order)
-    sharding._hold(rectangles)
-    return sharding
