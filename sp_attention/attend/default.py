@@ -26,6 +26,7 @@ def scaled_dot_product(
     key_padding_mask: Tensor | None = None,
     sinks_n: Tensor | None = None,
     dropout: Dropout | None = None,
+    first_head: int = 0,
 ) -> Tensor:
     """Attention on whole sequences, batch first.
 
@@ -39,6 +40,7 @@ def scaled_dot_product(
         key_padding_mask: (B, Lk), True attends. Keys and values elsewhere may hold anything, NaN too.
         sinks_n: (n,) a logit per head that takes weight and has no value.
         dropout: of the weights.
+        first_head: for an ``attend`` that hands on all that it was told. Heads are alike here, so it changes nothing.
 
     Returns:
         (B, Lq, n, Hv), in the dtype of autocast where that is on. A query with nothing to attend to gives 0.

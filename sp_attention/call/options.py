@@ -3,7 +3,6 @@
 What differs from option to option is in option_records.py. This file knows none by name.
 """
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from ..attend.documents import Documents
 from ..attend.dropout import draw_seed
+from .attend_arguments import FIRST_HEAD, takes
 from .inputs import AttentionInputs
 from .option_records import OPTIONS, Option
 
@@ -33,12 +33,10 @@ def problem_of_attend(attend: Callable[..., Tensor], given: Given) -> str:
             "heads; leave attend out to use it in the right layout"
         )
     try:
-        parameters = inspect.signature(attend).parameters
+        ignored = [option.name_in_attend for option, _ in given if not takes(attend, option.name_in_attend)]
+        takes(attend, FIRST_HEAD)
     except (TypeError, ValueError):
         return f"attend is {attend!r}, whose arguments cannot be seen; pass a function attend(q, k, v, **options)"
-    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
-        return ""
-    ignored = [option.name_in_attend for option, _ in given if option.name_in_attend not in parameters]
     if ignored:
         return (
             f"attend {getattr(attend, '__name__', attend)!r} takes no {', '.join(ignored)}; give it arguments of "

@@ -4,7 +4,6 @@ Source: DeepSpeed-Ulysses (arXiv:2309.14509). Two collectives forward (queries, 
 output back) and two backward.
 """
 
-import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -20,6 +19,7 @@ from moe_dispatch.internals import Statement
 from ..attend.default import scaled_dot_product
 from ..attend.documents import Documents, attend_documents
 from ..attend.empty import attend_or_zeros, zeros
+from .attend_arguments import FIRST_HEAD, takes
 from .inputs import AttentionInputs
 from .options import (
     Given,
@@ -73,8 +73,8 @@ def ulysses_attention(
             one head per query head where a group straddles ranks. It gets the options that were given, and is
             refused if it has no argument of such a name: ``is_causal``, ``window``, ``scale``, ``attn_mask`` (four
             dimensions, my heads), ``key_padding_mask``, ``sinks_n`` (my heads) and ``dropout``, whose ``apply`` takes
-            (B, n, L, L_kv) weights. If it has an argument ``first_head``, it gets the global number of its first
-            query head.
+            (B, n, L, L_kv) weights. If it has an argument ``first_head``, or takes any (``**options``), it gets the
+            global number of its first query head. The arguments of a module are those of its ``forward``.
         is_causal: aligned to the end where lengths differ: the last query sees every key.
         window: (left, right), -1 for any, on places in the whole sequence (in the document).
         scale: of the products; H ** -0.5 if left out.
@@ -118,7 +118,7 @@ def ulysses_attention(
         dropout_p=dropout_p,
     )
     tensors, shardings = (q_BlNH, k_BlGH, v_BlGH), (sharding, kv_sharding)
-    attend = attend or scaled_dot_product
+    attend = scaled_dot_product if attend is None else attend  # a module may have no truth, or no length
     if cu_seqlens is None and cu_seqlens_padded is None:
         inputs = AttentionInputs.of(*tensors, *shardings, heads, group)
         return _attend_over_ranks(inputs, attend, given)
@@ -163,8 +163,8 @@ def _attend_over_ranks(
     if problem:  # in compiled code, where the graph has to be whole to raise when it runs
         return output_to_tokens(zeros(q_BLnH.shape[1], q_BLnH, v_BLgH), inputs, Statement(HAS_OUTPUT, problem))
     options = options_of_my_heads(given, inputs, seed)
-    if "first_head" in inspect.signature(attend).parameters:
-        options["first_head"] = inputs.first_head
+    if takes(attend, FIRST_HEAD):
+        options[FIRST_HEAD] = inputs.first_head
     attend_whole = attend_or_zeros
     if documents is not None:
         attend_whole = partial(attend_documents, documents=documents, options_of_document=options_of_document)
