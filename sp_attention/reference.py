@@ -57,7 +57,7 @@ def reference_attention(
         q_BLNH, k_BLGH, v_BLGH = (torch.where(real_L[:, None, None], x, 0.0) for x in (q_BLNH, k_BLGH, v_BLGH))
     added_BNLL = torch.zeros((), dtype=q_BLNH.dtype, device=q_BLNH.device)
     if attn_mask is not None:
-        open_BNLL = attn_mask if attn_mask.dtype == torch.bool else attn_mask > -torch.inf
+        open_BNLL = attn_mask if attn_mask.dtype == torch.bool else attn_mask != -torch.inf
         seen_BNLL = seen_BNLL & open_BNLL
         if attn_mask.dtype != torch.bool:
             added_BNLL = torch.where(open_BNLL, attn_mask, 0.0).to(q_BLNH.dtype)

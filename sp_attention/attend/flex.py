@@ -96,7 +96,7 @@ def _masks_of_call(
     if key_padding_mask is not None:
         masks.append(lambda b, h, q, k: key_padding_mask[b, k])
     if attn_mask is not None:
-        allowed_BnLL = (attn_mask if attn_mask.dtype == torch.bool else attn_mask > -torch.inf).expand(shape)
+        allowed_BnLL = (attn_mask if attn_mask.dtype == torch.bool else attn_mask != -torch.inf).expand(shape)
         masks.append(lambda b, h, q, k: allowed_BnLL[b, h, q, k])
     return masks
 

@@ -45,7 +45,7 @@ class MergedMask:
             return cls(values | closed, closed)
         # Cast first: the lowest float32, a usual way to say "no", is -inf in bfloat16.
         attn_mask = attn_mask.to(like.dtype)
-        allowed = allowed & (attn_mask > -torch.inf)
+        allowed = allowed & (attn_mask != -torch.inf)  # so NaN attends, and shows
         closed = ~allowed.any(-1, keepdim=True)
         values = attn_mask.masked_fill(~allowed, -torch.inf).masked_fill(closed, 0.0)
         return cls(values, closed)

@@ -79,7 +79,8 @@ def ulysses_attention(
         window: (left, right), -1 for any, on places in the whole sequence (in the document).
         scale: of the products; H ** -0.5 if left out.
         attn_mask: broadcasts to (B, N, L, L_kv), the same on every rank: bool (True attends), or added to the
-            products. Each rank's gradient of a learned one has its own heads, so sum it over the ranks.
+            products (-inf does not attend; NaN gives NaN). Each rank's gradient of a learned one has its own heads,
+            so sum it over the ranks.
         key_padding_mask: (B, L_kv) bool, the same on every rank, True attends.
         cu_seqlens: (documents + 1,) ints of any dtype, for B = 1: document i has ``diff(cu_seqlens)[i]`` real tokens
             and attends within itself. Pass it on the CPU: it is read there.
