@@ -2,6 +2,7 @@
 
 from .errors import DisagreementError, GroupError, RankMistakeError, StaticSizesError
 from .layer.balance import sequence_balance_loss
+from .layer.data_parallel import leave_experts_to_ranks
 from .layer.experts import GroupedExperts, SwiGLU
 from .layer.moe import MoE
 from .layer.router import TopKRouter
@@ -42,6 +43,7 @@ __all__ = [
     "dispatch",
     "exchange_rows",
     "gather_tokens",
+    "leave_experts_to_ranks",
     "place_tokens",
     "plan_dispatch",
     "plan_hierarchical",

@@ -1,5 +1,6 @@
 """The MoE layer as one module."""
 
+from collections.abc import Callable
 from typing import Any, Self
 
 import torch
@@ -17,8 +18,10 @@ from ..wire.exchange import check_group
 from ..wire.group_copy import copy_in_group
 from .balance import sum_counts
 from .experts import GroupedExperts
-from .recompute import ForwardMemory, in_backward
+from .not_averaged import check_not_averaged
+from .recompute import ForwardMemory
 from .router import TopKRouter
+from .training_pass import is_counted, only_learns_shapes
 
 COUNTED = Counted()
 
@@ -39,8 +42,8 @@ class MoE(nn.Module):
 
     Attributes:
         load_E: choices that fell on each expert from this rank's tokens since :meth:`update_bias`; counted in
-            training mode, once per forward (a recomputation does not count), and not part of the state dict. It is a
-            buffer: pass ``broadcast_buffers=False`` to DistributedDataParallel, which would overwrite the counts.
+            training mode with gradients, once per forward (a recomputation does not count). A buffer that is no part
+            of the state dict; it starts at 0 on the device of the tokens, also after construction on "meta".
         report: what :meth:`check` reads; a buffer that is no part of the state dict either.
 
     Gradients: each rank's loss counts its own tokens; the gradient of a parameter that several ranks hold is the
@@ -100,6 +103,8 @@ class MoE(nn.Module):
                 gradient.
         """
         self._check_tokens(x_BlD, sharding)
+        check_not_averaged(self.experts, self.group)
+        self._leave_meta(x_BlD.device)
         scores_BlE = self.router(x_BlD)
         # A rank that takes no part in backward would leave its peers waiting there.
         of_rows = torch.is_grad_enabled() and (x_BlD.requires_grad or scores_BlE.requires_grad)
@@ -126,6 +131,25 @@ class MoE(nn.Module):
         self.report.zero_()
         self.planner.check_report(report)
 
+    def reset_parameters(self) -> None:
+        """Count from 0. The router and the experts have their own."""
+        for buffer in (self.load_E, self.report):
+            buffer.zero_()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Buffers that leave "meta" start at 0: ``to_empty`` fills nothing, and no checkpoint holds them."""
+        of_meta = self.load_E.is_meta
+        super()._apply(fn, recurse)
+        if of_meta and not self.load_E.is_meta:
+            self.reset_parameters()
+        return self
+
+    def _leave_meta(self, device: torch.device) -> None:
+        """``load_state_dict(assign=True)`` leaves on "meta" what is no part of the state."""
+        if self.load_E.is_meta and device.type != "meta":
+            self.load_E = torch.zeros_like(self.load_E, device=device)
+            self.report = torch.zeros_like(self.report, device=device)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """A copy in the same process group."""
         return copy_in_group(self, memo)
@@ -145,9 +169,11 @@ class MoE(nn.Module):
 
     def _plan(self, scores_BlE: Tensor, terms: Terms) -> Plan:
         expert_BlK = self.router.choose(scores_BlE)
-        plan = self.planner.plan(expert_BlK, self.router.weigh(scores_BlE, expert_BlK), terms, self.group)
+        # A pass that only learns shapes may be on NaN, which is nobody's mistake.
+        checked_BlK = None if only_learns_shapes(self) else self.router.weigh(scores_BlE, expert_BlK)
+        plan = self.planner.plan(expert_BlK, checked_BlK, terms, self.group)
         plan.add_report(self.report)
-        if self.training and not in_backward():
+        if is_counted(self):
             count_E1 = self.load_E.new_zeros(len(self.load_E) + 1)  # first those of "no expert", id -1
             count_E1.scatter_add_(0, expert_BlK.flatten() + 1, torch.ones_like(expert_BlK).flatten())
             self.load_E += count_E1[1:]

@@ -125,8 +125,10 @@ class TopKRouter(nn.Module):
                 f"expert_bias_E is {self.expert_bias_E.dtype}, in which small steps are lost; keep it in float32, "
                 "e.g. router.expert_bias_E = router.expert_bias_E.float() after casting the model"
             )
-        load_E = load_E.to(self.expert_bias_E.dtype)
-        self.expert_bias_E.add_((load_E.mean() - load_E).sign(), alpha=rate)
+        # In integers: float32 counts to 2 ** 24, and a mean of counts is seldom one of its numbers.
+        load_E = load_E if load_E.is_floating_point() else load_E.to(torch.int64)
+        below_E = (load_E.sum() - load_E * self.num_experts).sign()
+        self.expert_bias_E.add_(below_E.to(self.expert_bias_E.dtype), alpha=rate)
 
     def extra_repr(self) -> str:
         return (

@@ -24,6 +24,23 @@ def test_the_bias_moves_one_step_towards_the_mean_load() -> None:
     assert router.expert_bias_E.tolist() == [0.875, 1.125, 1.0, 1.125]
 
 
+@pytest.mark.parametrize(
+    "load",
+    [
+        [2**24 + 1, 2**24 - 1, 2**24, 2**24],
+        [50_000_003, 49_999_999, *[50_000_001] * 998],
+        [1_900_074] * 160,
+    ],
+    ids=["close to 2 ** 24", "1000 experts", "all alike"],
+)
+def test_loads_are_compared_in_integers(load: list[int]) -> None:
+    router = TopKRouter(DIM, len(load), 2, score="sigmoid")
+    router.update_bias(torch.tensor(load), rate=0.5)
+    mean = sum(load) // len(load)
+    assert mean * len(load) == sum(load)
+    assert router.expert_bias_E.tolist() == [0.5 * ((count < mean) - (count > mean)) for count in load]
+
+
 def test_the_bias_is_moved_in_place_and_saved() -> None:
     router = TopKRouter(DIM, 4, 2, score="sigmoid")
     bias_E, version = router.expert_bias_E, router.state_dict()["expert_bias_E"]
