@@ -14,7 +14,7 @@ class Block(nn.Module):
         self.norm = nn.RMSNorm(dim)
         router, shared = TopKRouter(dim, experts.total, top_k=2, score="sigmoid"), SwiGLU(dim, 2 * dim)
         with torch.random.fork_rng():  # experts are each rank's own; all else starts alike, from one seed
-            torch.manual_seed(group.rank())
+            torch.manual_seed(int(torch.randint(2**62, (), device="cpu")) + group.rank())  # other ones in each layer
             mine = GroupedExperts(experts.sizes[group.rank()], dim, hidden=2 * dim)
         self.moe = MoE(router=router, experts=mine, partition=experts, group=group, shared=shared)
 

@@ -52,6 +52,22 @@ def test_the_block_prints_what_the_readme_shows() -> None:
     assert ran.stdout == fences(README, "text")[0]
 
 
+def first_numbers(rank: int) -> list[float]:
+    """Of the experts and the routers of two layers of a model."""
+    torch.manual_seed(0)
+    layers = [example("block").Block(16, Partition((3, 3)), world()).moe for _ in range(2)]
+    return [weight.flatten()[0].item() for moe in layers for weight in (moe.experts.gate_eDF, moe.router.weight_ED)]
+
+
+def test_experts_of_the_block_start_unlike_on_every_rank_and_in_every_layer(
+    rank_pool: RankPool, examples: ModuleType
+) -> None:
+    """And routers alike."""
+    (a, router_a, b, router_b), (c, other_a, d, other_b) = rank_pool.run(first_numbers, 2)
+    assert (router_a, router_b) == (other_a, other_b)
+    assert len({a, b, c, d, router_a, router_b}) == 6
+
+
 def test_the_training_step_prints_what_the_readme_shows(rank_pool: RankPool, examples: ModuleType) -> None:
     lines = rank_pool.run(examples.train, 1, 3) + rank_pool.run(examples.train, 2, 3)
     assert lines == fences(README, "text")[1].splitlines()
