@@ -18,7 +18,7 @@ from ..wire.exchange import check_group
 from ..wire.group_copy import copy_in_group
 from .balance import sum_counts
 from .experts import GroupedExperts
-from .not_averaged import check_not_averaged
+from .not_averaged import check_not_averaged, is_sharded
 from .recompute import ForwardMemory
 from .router import TopKRouter
 from .training_pass import is_counted, only_learns_shapes
@@ -183,13 +183,19 @@ class MoE(nn.Module):
         return Terms(sharding=sharding, experts=self.partition, dim=self.router.dim, dtype=dtype, also=also)
 
     def _check_tokens(self, x_BlD: Tensor, sharding: TokenSharding) -> None:
-        """Raise on every rank unless the tokens are this rank's shard."""
+        """Raise on every rank unless the tokens are this rank's shard, and its experts can have gradients."""
         terms = self._terms(sharding)
         terms.check(self.group)
-        shape = (*sharding.local_shape(self.group.rank()), self.router.dim)
+        shape, problem = (*sharding.local_shape(self.group.rank()), self.router.dim), ""
         if tuple(x_BlD.shape) != shape or not x_BlD.is_floating_point():
             problem = (
                 f"x is {tuple(x_BlD.shape)} of {x_BlD.dtype}; its shard in order {sharding.order!r} is {shape}, of a "
                 "floating-point dtype: pass the tokens that the sharding gives this rank"
             )
+        elif not self.experts.num_experts and torch.is_grad_enabled() and is_sharded(self.experts):
+            problem = (
+                "FSDP2 shards the experts of this rank, which holds none, and cannot reduce gradients without "
+                "elements; call fully_shard(experts) only where experts.num_experts is not 0"
+            )
+        if problem:
             self.planner.refuse(problem, terms, self.group, num_choices=self.router.top_k, device=x_BlD.device)

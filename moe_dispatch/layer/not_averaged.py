@@ -1,4 +1,4 @@
-"""Experts that DistributedDataParallel would take for copies of each other."""
+"""Experts in a data-parallel wrapper that cannot take them: each rank of a group has its own, or none."""
 
 import torch.distributed as dist
 from torch import nn
@@ -25,3 +25,8 @@ def check_not_averaged(experts: nn.Module, group: dist.ProcessGroup) -> None:
             "would average their gradients; each rank of an expert-parallel group has experts of its own: call "
             "leave_experts_to_ranks(model) before DistributedDataParallel(model)"
         )
+
+
+def is_sharded(experts: nn.Module) -> bool:
+    """By FSDP2. Told by the name of its class: to import it takes 0.2 s."""
+    return any(kind.__name__ == "FSDPModule" for kind in type(experts).__mro__)

@@ -15,9 +15,9 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
-from moe_dispatch import GroupedExperts, MoE, Partition, TokenSharding, TopKRouter
+from moe_dispatch import GroupedExperts, MoE, Partition, TokenSharding, TopKRouter, build_mesh
 from moe_dispatch.testing import RankPool
-from tests.support.ranks import world
+from tests.support.ranks import refusal, world
 
 LOW = torch.bfloat16
 # A selected sharding: what it selected has to survive, too.
@@ -94,3 +94,32 @@ def test_mixed_precision_is_low_precision(rank_pool: RankPool, wrapper: str) -> 
     """Measured: 0 under FSDP1, 0.007 under FSDP2, whose weights lie elsewhere in memory."""
     for differences in rank_pool.run(off_by, 2, wrapper):
         assert max(differences.values()) < 0.03, differences
+
+
+def without_experts(rank: int, wrap_none: bool) -> str | list[tuple[int, ...]]:
+    """Four ranks, of which two hold no experts: the shapes of gradients, or the refusal."""
+    mesh = build_mesh(dp=4, ep=2, device_type="cpu")
+    group = mesh.expert.get_group("ep")
+    experts = GroupedExperts((5, 0)[group.rank()], 16, 32)
+    router = TopKRouter(16, 5, 2, score="softmax")
+    moe = MoE(router=router, experts=experts, partition=Partition((5, 0)), group=group)
+    if wrap_none or experts.num_experts:
+        fully_shard(experts, mesh=mesh.expert["edp"])
+    sharding = TokenSharding(batch=2, seq=Partition((3, 0, 2, 1)))
+    x_BlD, sharding = sharding.shard(torch.randn(2, 6, 16), rank), sharding.select(mesh.ep_ranks)
+    if wrap_none:
+        return refusal(lambda: moe(x_BlD, sharding=sharding))
+    moe(x_BlD, sharding=sharding)[0].sum().backward()
+    grads = [weight.grad for weight in experts.parameters()]
+    return [tuple(x.shape) for x in grads if x is not None]
+
+
+def test_a_rank_without_experts_is_refused_under_fsdp2_and_right_outside(rank_pool: RankPool) -> None:
+    """FSDP2 raised in the backward of these ranks, while their peers waited."""
+    text = (
+        "rank 1: FSDP2 shards the experts of this rank, which holds none, and cannot reduce gradients without "
+        "elements; call fully_shard(experts) only where experts.num_experts is not 0"
+    )
+    assert rank_pool.run(without_experts, 4, True) == [text] * 4
+    shapes = [[(experts, 16, 32)] * 2 + [(experts, 32, 16)] for experts in (5, 0, 5, 0)]
+    assert rank_pool.run(without_experts, 4, False) == shapes
