@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+NUM_SEEDS = 2**55  # a header holds ints of 56 bits, with the sign (call/header.py)
+
 
 def draw_seed(device: torch.device) -> Tensor:
     """() int64 from the random state of this process. No copy from the host: it would wait for it in every layer."""
-    return torch.randint(torch.iinfo(torch.int64).max, (), dtype=torch.int64, device=device)
+    return torch.randint(NUM_SEEDS, (), dtype=torch.int64, device=device)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

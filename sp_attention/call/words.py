@@ -12,6 +12,7 @@ from moe_dispatch.internals import BAD, Statement, digest
 
 from ..wire.exchange import Split, to_heads, to_tokens
 from ..wire.order import batch_first, in_order
+from .header import as_floats, as_ints
 from .inputs import AttentionInputs
 
 
@@ -25,7 +26,7 @@ def inputs_to_heads(
     Args:
         inputs: q, k and v of this rank. Where this rank has a problem, zeros are sent instead.
         statement: what this rank believes about the call.
-        seed: () int64 of this rank, on the device of the tensors.
+        seed: () int64 of this rank, of 56 bits, on the device of the tensors.
 
     Returns:
         ``q_BLnH``, ``k_BLgH``, ``v_BLgH``, batch first, and the seed of the group's first rank.
@@ -39,8 +40,8 @@ def inputs_to_heads(
     header_2 = torch.stack([torch.full((), word, device=inputs.device), seed])
     q_BlNH, k_BlGH, v_BlGH = inputs.stand_ins() if statement.problem else inputs.tensors
     sent = [q_BlNH, inputs.heads.kv_by_rank(k_BlGH), inputs.heads.kv_by_rank(v_BlGH)]
-    wholes, headers = to_heads(sent, inputs.splits, inputs.group, header_2.view(q_BlNH.dtype))
-    header_P2 = headers.view(torch.int64)
+    wholes, headers = to_heads(sent, inputs.splits, inputs.group, as_floats(header_2, q_BlNH.dtype))
+    header_P2 = as_ints(headers)
     check_words(header_P2[:, 0], statement, inputs)
     q_BLnH, k_BLgH, v_BLgH = (batch_first(x, inputs.sharding) for x in wholes)
     k_BLgH, v_BLgH = (inputs.heads.kv_for_queries(x, inputs.rank) for x in (k_BLgH, v_BLgH))
@@ -66,8 +67,8 @@ def output_to_tokens(out_BLnH: Tensor, inputs: AttentionInputs, statement: State
     word_1 = torch.full((1,), word_of(statement), device=inputs.device)
     split = Split(sharding=inputs.sharding, heads=inputs.heads.query)
     out_BLnH = in_order(out_BLnH, inputs.sharding)
-    out_BlNH, headers = to_tokens(out_BLnH, split, inputs.group, word_1.view(out_BLnH.dtype))
-    check_words(headers.view(torch.int64)[:, 0], statement, inputs)
+    out_BlNH, headers = to_tokens(out_BLnH, split, inputs.group, as_floats(word_1, out_BLnH.dtype))
+    check_words(as_ints(headers)[:, 0], statement, inputs)
     return out_BlNH
 
 
