@@ -15,6 +15,7 @@ from typing import Any
 import torch.distributed as dist
 from torch._C import _distributed_c10d
 from torch.distributed import distributed_c10d as c10d
+from torch.distributed.device_mesh import DeviceMesh
 
 registry: Any = _distributed_c10d  # its stub does not know all of it
 BACKEND = "cpu:threaded"  # not registered with torch: no group is made from this name alone
@@ -105,10 +106,15 @@ class MadeGroups:
     def destroy(self) -> None:
         """Destroy them. Every rank calls this after all are done with the case, as often as the others.
 
-        A group has 3 threads, which end with its last reference. Objects that the case left hold it: a graph, a mesh.
+        A group has 3 threads and some descriptors, which end with its last reference. Objects that the case left hold
+        it: a graph, a mesh. DTensor's caches hold a mesh of each shape for ever, so meshes lose their groups here. To
+        clear those caches instead would make a small row of `validate` take half as long again.
         """
         for group in [group for group in c10d._world.pg_map if group is not self._default]:
             dist.destroy_process_group(group)
+        for mesh in [thing for thing in gc.get_objects() if type(thing) is DeviceMesh]:
+            for name in [name for name, group in mesh._pg_registry.items() if group is not self._default]:
+                del mesh._pg_registry[name]
         # Ranks name the next groups by counting. They may have made more or fewer of them than their peers, so they
         # begin anew, and under a prefix that is new: what the store has of an old group of that name is out of date.
         self._num_ends += 1

@@ -1,13 +1,14 @@
 """Where ranks come from: spawned here, or started by torchrun or Slurm and joined."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, Self, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from ...testing import RankPool
+from ...testing.worlds import MadeGroups
 
 T = TypeVar("T")
 
@@ -60,24 +61,29 @@ class SpawnedRanks:
         self._pool.__exit__(*exception)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class JoinedRanks:
     """This process is one of ``size`` ranks that a launcher started.
 
-    NCCL where there is CUDA, with gloo for tensors on the CPU, else gloo alone. An exception leaves the
-    context without touching the group: peers that wait for this rank fail once the process has ended.
+    NCCL where there is CUDA, with gloo for tensors on the CPU, else gloo alone. Groups that a call of ``run`` makes
+    are destroyed after it. An exception leaves the context without touching a group: peers that wait for this rank
+    fail once the process has ended.
     """
 
     rank: int
     size: int
     local_rank: int
+    _made: MadeGroups = field(init=False, repr=False, compare=False)
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
     def run(self, fn: Callable[..., T], *args: Any) -> T:
-        return fn(*args)
+        result = fn(*args)
+        dist.barrier()  # a rank that destroyed its groups while a peer still used them would break its connection
+        self._made.destroy()
+        return result
 
     def __enter__(self) -> Self:
         backend = "gloo"
@@ -85,6 +91,7 @@ class JoinedRanks:
             backend = "cpu:gloo,cuda:nccl"
             torch.cuda.set_device(self.local_rank)
         dist.init_process_group(backend, init_method="env://", rank=self.rank, world_size=self.size)
+        self._made = MadeGroups()
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ JOINED = """
 import os, sys, torch
 import torch.distributed as dist
 from dataclasses import replace
+from moe_dispatch import build_mesh
 from moe_dispatch.lab.cli import main
 from moe_dispatch.lab.validate import matrix
 from tests.support.lab.made_up_results import AGREEING
@@ -26,9 +28,11 @@ good, bad, other_port = sys.argv[1:]
 def run_row(config, row, dtype, text, reference, mutant):
     if os.environ["MASTER_PORT"] == other_port and dist.get_rank() == 1:
         raise RuntimeError("rank 1 fails")
-    total = torch.ones(())
-    dist.all_reduce(total)
-    return replace(AGREEING, name=f"{row.name} on {int(total)} ranks", dtype=dtype)
+    threads = len(os.listdir("/proc/self/task"))
+    mesh, total = build_mesh(dp=2, ep=2, device_type="cpu"), torch.ones(())
+    dist.all_reduce(total, group=mesh.expert.get_group("ep"))
+    assert len(os.listdir("/proc/self/task")) > threads
+    return replace(AGREEING, name=f"{row.name} on {int(total)} ranks with {threads} threads", dtype=dtype)
 
 matrix.run_reference = lambda *_: None
 matrix.run_row = run_row
@@ -86,6 +90,7 @@ def test_joined_ranks_run_together_and_only_the_main_one_tells(launch: Launch) -
     (out, err), other = launch.first
     assert out.count("TP2 + EP2 on 2 ranks") == 2
     assert len(err.splitlines()) == 6
+    assert len(set(re.findall(r"with \d+ threads", out))) == 1  # groups go with the row that made them
     assert other == ("", "")
     assert json.loads(launch.good.read_text())["passed"]
 

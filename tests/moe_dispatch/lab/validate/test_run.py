@@ -1,7 +1,9 @@
 """The main job for real, small: every kind of parallelism agrees with one process."""
 
+import os
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any, TypeVar
 from unittest.mock import patch
 
@@ -70,6 +72,36 @@ def run_row_with_one_rank_out_of_order(rank: int, config: ValidateConfig, row: R
     broken = patch.object(run, "gather_tokens", side_effect=RuntimeError("this rank is out of order"))
     with broken if out_of_order else nullcontext():
         return run_row(config, row, *args)
+
+
+def threads_and_descriptors() -> tuple[int, int]:
+    return len(os.listdir("/proc/self/task")), len(os.listdir("/proc/self/fd"))
+
+
+class CountingRanks(PoolRanks):
+    """Counts on every rank before each row."""
+
+    def __init__(self, pool: RankPool, size: int) -> None:
+        super().__init__(pool, size)
+        self.counts: list[list[tuple[int, int]]] = []
+
+    def run(self, fn: Callable[..., T], *args: Any) -> T:
+        self.counts.append(self.pool.run(threads_and_descriptors, self.size))
+        return super().run(fn, *args)
+
+
+def test_rows_of_any_mesh_leave_no_thread_and_no_descriptor_behind(rank_pool: RankPool) -> None:
+    """What DTensor caches by mesh would hold the groups of each: with 29 rows, more descriptors than a process may
+    open."""
+    rows = [row("tp2 ep2", tp=2, ep=2), row("sp2 ep2", sp=2, ep=2), row("dp2", dp=2)]
+    again = [replace(one, name=f"{one.name} again") for one in rows]
+    config = small_config(*rows, *again, ranks=2)
+    config = replace(config, train=replace(config.train, steps=1))
+    ranks = CountingRanks(rank_pool, 2)
+    found = run_matrix(config, config.rows, default_text(), mutant="", ranks=ranks, watcher=QuietWatcher())
+    assert found.agrees
+    first, *others = ranks.counts
+    assert others == [first] * 5
 
 
 class OneRankOutOfOrder(PoolRanks):
