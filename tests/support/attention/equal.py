@@ -54,6 +54,9 @@ def what_reached(rank: int, case: Case, whole: Whole, seen: list[Seen]) -> str:
     if [(call.shapes[0][1], call.shapes[1][1]) for call in seen] != lengths:
         return f"attend was called on {[call.shapes for call in seen]}, wanted lengths {lengths}"
     for call in seen:
+        first_head = call.options.pop("first_head")  # told to every attend that takes it
+        if first_head != sum(case.head_sizes[:rank]):
+            return f"attend got first_head {first_head}, wanted {sum(case.head_sizes[:rank])}"
         if {name.replace("_n", "_N") if name == "sinks_n" else name for name in call.options} != given:
             return f"attend got {sorted(call.options)}, wanted {sorted(given)}"
         if call.shapes[0][2] != heads or heads % call.shapes[1][2]:
