@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_dispatch import Partition, TokenSharding
+from moe_dispatch.internals import check_is_group
 from moe_dispatch.testing import RankPool
 
 from .call.ulysses import ulysses_attention
@@ -94,8 +95,7 @@ def cases() -> list[Case]:
 
 def on_rank(rank: int, case: Case) -> list[Tensor]:
     """This rank's part of the output and of the gradients of q, k and v."""
-    group = dist.group.WORLD
-    assert group is not None
+    group = check_is_group(dist.group.WORLD)
     *inputs, grad_BLNH = case.tensors()
     q_BlNH, k_BlGH, v_BlGH = (
         sharding.shard(case.in_order(x), rank).clone().requires_grad_()

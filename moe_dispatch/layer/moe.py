@@ -18,10 +18,10 @@ from ..wire.exchange import check_group
 from ..wire.group_copy import copy_in_group
 from .balance import sum_counts
 from .experts import GroupedExperts
-from .not_averaged import check_not_averaged, is_sharded
-from .recompute import ForwardMemory
+from .recompute import ForwardMemory, in_backward
 from .router import TopKRouter
-from .training_pass import is_counted, only_learns_shapes
+from .training_pass import only_learns_shapes
+from .wrapped import check_not_averaged, is_sharded
 
 COUNTED = Counted()
 
@@ -102,8 +102,8 @@ class MoE(nn.Module):
                 or dtype, a NaN in the routing weights, ranks that disagree about the sharding or about what needs a
                 gradient.
         """
+        check_not_averaged(self.experts, self.group)  # all ranks see it, so none of them is in a collective
         self._check_tokens(x_BlD, sharding)
-        check_not_averaged(self.experts, self.group)
         self._leave_meta(x_BlD.device)
         scores_BlE = self.router(x_BlD)
         # A rank that takes no part in backward would leave its peers waiting there.
@@ -169,11 +169,12 @@ class MoE(nn.Module):
 
     def _plan(self, scores_BlE: Tensor, terms: Terms) -> Plan:
         expert_BlK = self.router.choose(scores_BlE)
-        # A pass that only learns shapes may be on NaN, which is nobody's mistake.
-        checked_BlK = None if only_learns_shapes(self) else self.router.weigh(scores_BlE, expert_BlK)
+        in_step = not (self.training and only_learns_shapes())
+        # Where a pass only learns shapes, NaN is nobody's mistake.
+        checked_BlK = self.router.weigh(scores_BlE, expert_BlK) if in_step else None
         plan = self.planner.plan(expert_BlK, checked_BlK, terms, self.group)
         plan.add_report(self.report)
-        if is_counted(self):
+        if self.training and in_step and not in_backward():
             count_E1 = self.load_E.new_zeros(len(self.load_E) + 1)  # first those of "no expert", id -1
             count_E1.scatter_add_(0, expert_BlK.flatten() + 1, torch.ones_like(expert_BlK).flatten())
             self.load_E += count_E1[1:]

@@ -1,7 +1,7 @@
 """Values that do not change, and that frameworks leave whole."""
 
 from dataclasses import FrozenInstanceError
-from typing import Any, NoReturn, Self
+from typing import Any, ClassVar, NoReturn, Self
 
 
 class Frozen:
@@ -11,29 +11,31 @@ class Frozen:
     where a field that follows from the others cannot be passed. What is no dataclass goes through as it is.
     """
 
+    _defining: ClassVar[tuple[str, ...]]  # the attributes that all others follow from
+
     __slots__ = ()
 
-    def _value(self) -> dict[str, Any]:
-        """What makes two of them equal; the rest follows from it."""
-        raise NotImplementedError
+    @property
+    def _value(self) -> tuple[Any, ...]:
+        return tuple(getattr(self, name) for name in self._defining)
 
     @classmethod
     def _of(cls, *value: Any) -> Self:
-        """From the values of :meth:`_value`."""
         return cls(*value)
 
     def __eq__(self, other: object) -> bool:
-        return self._value() == other._value() if type(other) is type(self) else NotImplemented
+        return self._value == other._value if type(other) is type(self) else NotImplemented
 
     def __hash__(self) -> int:
-        return hash(tuple(self._value().values()))
+        return hash(self._value)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self._value().items())})"
+        pairs = zip(self._defining, self._value, strict=True)
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in pairs)})"
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles are made anew from the value."""
-        return type(self)._of, tuple(self._value().values())
+        return type(self)._of, self._value
 
     def __setattr__(self, name: str, value: object) -> NoReturn:
         raise FrozenInstanceError(f"cannot assign to {name!r} of a {type(self).__name__}; make another one")

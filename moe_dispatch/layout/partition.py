@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable
 from itertools import accumulate
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +34,7 @@ class Partition(Frozen):
     offsets: tuple[int, ...]
     total: int
 
+    _defining = ("sizes",)
     __slots__ = ("offsets", "sizes", "total")
 
     def __init__(self, sizes: Iterable[int]) -> None:
@@ -80,9 +80,6 @@ class Partition(Frozen):
 
     def __len__(self) -> int:
         return len(self.sizes)
-
-    def _value(self) -> dict[str, Any]:
-        return {"sizes": self.sizes}
 
     def owner(self, index: Tensor) -> Tensor:
         """Rank that holds each ``index``; ``index`` has any shape, with values in [0, total)."""

@@ -62,6 +62,7 @@ class TokenSharding(Frozen):
     _kept: dict[Hashable, Any]
 
     __slots__ = tuple(__annotations__)
+    _defining = ("batch", "seq", "order", "rectangles")
 
     def __init__(self, *, batch: Partition | int, seq: Partition | int, order: Literal["BL", "LB"] = "BL") -> None:
         if order not in ("BL", "LB"):
@@ -94,9 +95,6 @@ class TokenSharding(Frozen):
             ("_kept", {}),
         ):
             object.__setattr__(self, name, value)
-
-    def _value(self) -> dict[str, Any]:
-        return {"batch": self.batch, "seq": self.seq, "order": self.order, "rectangles": self.rectangles}
 
     @classmethod
     def _of(cls, *value: Any) -> "TokenSharding":

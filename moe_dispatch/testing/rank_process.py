@@ -1,6 +1,7 @@
 """The life of a rank that is a process."""
 
 import faulthandler
+import gc
 import multiprocessing
 import os
 import pickle
@@ -43,10 +44,12 @@ def rank_main(rank: int, ranks: int, directory: str, connection: Connection) -> 
                 _serve(rank, connection)
                 if dist.is_initialized():  # not after a case that destroyed it
                     dist.destroy_process_group()
+    gc.freeze()  # the process ends: to look for garbage once more takes half a second
 
 
 def _serve(rank: int, connection: Connection) -> None:
     made = MadeGroups()
+    gc.freeze()  # torch's own objects stay for ever: the collections after cases need not look at them
     while message := connection.recv_bytes():
         if message == DESTROY_GROUPS:
             connection.send_bytes(_answer(rank, made.destroy))
@@ -56,7 +59,8 @@ def _serve(rank: int, connection: Connection) -> None:
 
 def _exit_with_parent() -> None:
     parent = multiprocessing.parent_process()
-    assert parent is not None
+    if parent is None:
+        raise RuntimeError("this process was not spawned; a rank is started by its RankPool")
     wait([parent.sentinel])
     os._exit(1)
 

@@ -17,6 +17,8 @@ from torch._C import _distributed_c10d
 from torch.distributed import distributed_c10d as c10d
 from torch.distributed.device_mesh import DeviceMesh
 
+from ..wire.exchange import check_is_group
+
 registry: Any = _distributed_c10d  # its stub does not know all of it
 BACKEND = "cpu:threaded"  # not registered with torch: no group is made from this name alone
 
@@ -93,8 +95,7 @@ class MadeGroups:
     """The groups of this process besides its default group: those that a case made, also behind a DeviceMesh."""
 
     def __init__(self) -> None:
-        default = c10d._world.default_pg
-        assert default is not None
+        default = check_is_group(c10d._world.default_pg)
         self._default, self._first_number = default, c10d._world.group_count
         self._backend, self._store = c10d._world.pg_map[default]
         self._num_ends = 0

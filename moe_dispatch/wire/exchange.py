@@ -97,13 +97,14 @@ def _exchange(
     return dist.all_to_all_single(out, rows, list(received), list(sent), group=group, async_op=in_background)
 
 
-def check_is_group(group: dist.ProcessGroup | None) -> None:
-    """Raise ValueError unless ``group`` is a process group. No communication."""
+def check_is_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    """``group``; ValueError unless it is a process group. No communication."""
     if not isinstance(group, dist.ProcessGroup):
         raise ValueError(
             f"group is {group!r}; pass the process group explicitly, e.g. torch.distributed.group.WORLD once "
             "init_process_group has run, or device_mesh.get_group()"
         )
+    return group
 
 
 def check_group(group: dist.ProcessGroup, num_ranks: int, what: str) -> None:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ...testing.counting import Counts, counting, run_backward
+from ...wire.exchange import check_is_group
 from .config import DispatchConfig, WorkloadConfig
 from .contenders.floor import Floor, floors_of
 from .contenders.named import contenders_of
@@ -62,8 +63,7 @@ def measure(
 def _measure(
     rank: int, config: WorkloadConfig, adapter: str, repeat: int, profile: bool
 ) -> tuple[list[Line], tuple[str, ...]]:
-    group = dist.group.WORLD
-    assert group is not None
+    group = check_is_group(dist.group.WORLD)
     workload = DispatchWorkload.of(config) if isinstance(config, DispatchConfig) else UlyssesWorkload.of(config)
     case = workload.case(rank)
     lines, runs = {}, {}

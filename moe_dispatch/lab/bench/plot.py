@@ -55,7 +55,6 @@ def _draw_bars(axes: Axes, results: Sequence[WorkloadResult], index: int) -> Non
 
 
 def _label(result: WorkloadResult, index: int) -> str:
-    floor = result.floor
-    assert floor is not None
+    floor = result.timed_floor
     milliseconds = median((floor.forward_ms, floor.both_ms)[index])
     return f"{result.name}\n(floor {milliseconds:.3g} ms)"

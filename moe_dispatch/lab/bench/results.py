@@ -60,10 +60,15 @@ class WorkloadResult:
     def floor(self) -> Line | None:
         return next((line for line in self.lines if line.name in ("rank floor", "floor")), None)
 
+    @property
+    def timed_floor(self) -> Line:
+        if self.floor is None:
+            raise ValueError(f"workload {self.name!r} has no line of the floor, over which its times are told")
+        return self.floor
+
     def ratios(self, line: Line) -> tuple[float, float]:
         """Forward, and forward + backward: medians over those of the floor."""
-        floor = self.floor
-        assert floor is not None
+        floor = self.timed_floor
         return median(line.forward_ms) / median(floor.forward_ms), median(line.both_ms) / median(floor.both_ms)
 
     @property

@@ -132,7 +132,10 @@ def test_every_kind_of_attend_is_told_its_first_head(rank_threads: RankThreads, 
         assert max(differences) < TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["a module", "a partial of a module", "all options"])
+SLOW = [pytest.param(name, marks=pytest.mark.sweep) for name in ("a partial of a module", "all options")]
+
+
+@pytest.mark.parametrize("name", ["a module", *SLOW])
 def test_in_one_graph_too(rank_pool: RankPool, name: str) -> None:
     for differences in rank_pool.run(slopes_of, 2, name, True, timeout=120):
         assert max(differences) < TOLERANCE

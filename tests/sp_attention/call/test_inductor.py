@@ -1,7 +1,5 @@
 """torch.compile with its default backend, in training: the numbers of the same call uncompiled, in every dtype."""
 
-import shutil
-
 import pytest
 import torch
 from torch import Tensor
@@ -18,8 +16,6 @@ from tests.support.tensors import difference, leaf
 
 SEQ = (3, 2)
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.02, torch.float16: 0.005}
-HAS_COMPILER = any(shutil.which(name) for name in ("g++", "clang++", "c++"))
-pytestmark = pytest.mark.skipif(not HAS_COMPILER, reason="the default backend needs a C++ compiler")
 
 
 def sharding() -> TokenSharding:

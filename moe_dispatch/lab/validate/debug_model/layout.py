@@ -20,6 +20,7 @@ from sp_attention import Batch, ShardedBatch, shard_batch, shift_labels, ulysses
 from sp_attention.reference import reference_attention
 
 from .... import ParallelMesh, Partition, TokenSharding, gather_tokens, place_tokens
+from ....internals import check_is_group
 from .packing import Packing
 
 
@@ -214,7 +215,4 @@ class OnMesh:
 
 def everyone() -> dist.ProcessGroup:
     """The default process group."""
-    group = dist.group.WORLD
-    if group is None:
-        raise RuntimeError("there is no default process group; call torch.distributed.init_process_group first")
-    return group
+    return check_is_group(dist.group.WORLD)

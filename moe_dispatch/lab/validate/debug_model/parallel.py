@@ -11,9 +11,10 @@ Each rank's loss counts its own tokens, so gradients are summed everywhere, neve
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -89,8 +90,7 @@ def shard_over_data(model: DebugModel, mesh: ParallelMesh) -> None:
     """FSDP2 over the ranks that see different tokens, which differ between kinds of parameters."""
     data, edp = mesh.dense["dp", "sp"]._flatten("data"), mesh.expert["edp"]
     everyone = init_device_mesh(mesh.dense.device_type, (dist.get_world_size(),), mesh_dim_names=("all",))
-    for block in model.blocks:
-        assert isinstance(block, Block)
+    for block in cast("Iterable[Block]", model.blocks):
         split: list[nn.Module] = [block.attention_norm, block.feed_forward_norm]
         split += [block.attention.query, block.attention.key_value, block.attention.out]
         if isinstance(block.feed_forward, SparseFeedForward):
