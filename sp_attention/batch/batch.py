@@ -1,7 +1,7 @@
 """A batch, and one rank's part of it: tokens, targets, positions, masks and documents together."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,6 +30,8 @@ class Batch:
         cu_seqlens: (documents + 1,) ints, for B = 1, best on the CPU; see :func:`ulysses_attention`.
         cu_seqlens_padded: (documents + 1,) ints; see there.
         ignore_index: the target of a token that has none.
+        fields: what else belongs to a token, by names of the caller: (B, L, ...) of any dtype. Advantages, log
+            probabilities of an older policy, temperatures, embeddings of images. Padding may hold anything.
     """
 
     token_BL: Tensor
@@ -40,6 +42,7 @@ class Batch:
     cu_seqlens: Tensor | None = None
     cu_seqlens_padded: Tensor | None = None
     ignore_index: int = -100
+    fields: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -52,6 +55,7 @@ class Chunk:
         position_Bc: (B, c) or (c, B), or that after a first dimension of 3.
         real_Bc: bool, False at padding.
         attn_mask: (B or 1, N or 1, c or 1, L): the rows of these queries, all keys.
+        fields: (B, c, ...) or (c, B, ...) each.
         first_place: where the chunk starts in the whole sequence.
     """
 
@@ -60,6 +64,7 @@ class Chunk:
     position_Bc: Tensor
     real_Bc: Tensor
     attn_mask: Tensor | None
+    fields: Mapping[str, Tensor]
     first_place: int
 
 
@@ -77,6 +82,8 @@ class ShardedBatch:
         cu_seqlens: whole, or None.
         cu_seqlens_padded: whole, or None.
         ignore_index: as in the batch.
+        fields: as in the batch, (B, l, ...), or (l, B, ...) for order "LB"; views, in the graph of the whole. Each
+            rank's gradient of the whole is that of its own tokens, so sum it over the ranks.
         sharding: which tokens each rank holds.
         rank: whose part it is.
     """
@@ -90,6 +97,7 @@ class ShardedBatch:
     cu_seqlens: Tensor | None
     cu_seqlens_padded: Tensor | None
     ignore_index: int
+    fields: Mapping[str, Tensor]
     sharding: TokenSharding
     rank: int
 
@@ -113,8 +121,8 @@ class ShardedBatch:
 
         Yields:
             Views of consecutive places, c of each row: ``token_Bc``, ``target_Bc``, ``position_Bc`` and ``real_Bc``,
-            (B, c), or (c, B) for order "LB"; ``attn_mask`` (B or 1, N or 1, c or 1, L), the rows of these queries
-            with all keys; ``first_place``, where the piece starts in the whole sequence.
+            (B, c), or (c, B) for order "LB"; ``fields``, these places of each; ``attn_mask`` (B or 1, N or 1, c or 1,
+            L), the rows of these queries with all keys; ``first_place``, where the piece starts in the sequence.
 
         Raises:
             ValueError: a size below 1.
@@ -136,6 +144,8 @@ class ShardedBatch:
                 position_Bc=self.position_Bl.narrow(dim, start, count),
                 real_Bc=self.real_Bl.narrow(dim, start, count),
                 attn_mask=mask,
+                # Its tokens come first, so their dimension counts from the front.
+                fields={name: x.narrow(2 + dim, start, count) for name, x in self.fields.items()},
                 first_place=first_place,
             )
 

@@ -15,15 +15,13 @@ from moe_dispatch.internals import check_is_group, digest
 
 from ..attend.documents import Documents
 from ..attend.dropout import mix
-from ..dtypes import is_integer
 from ..wire.exchange import check_sharding
 from ..wire.order import in_order
 from .batch import Batch, ShardedBatch
+from .checks import check_shapes, check_types, device_of
 from .labels import default_positions, document_of_place, documents_of, shift_labels
 from .masks import BatchMask
 
-TENSORS_OF_TOKENS = ("token_BL", "target_BL", "loss_mask_BL", "position_BL", "attention_mask")
-TENSORS = (*TENSORS_OF_TOKENS, "cu_seqlens", "cu_seqlens_padded")
 LONGEST_FACT = 100  # characters: then the facts of all fit in one sentence between ranks
 
 
@@ -38,24 +36,24 @@ def shard_batch(batch: Batch, *, sharding: TokenSharding, group: dist.ProcessGro
 
     Raises:
         ValueError: the same text on every rank, naming the ranks: a batch that is wrong on one of them, or ranks that
-            differ in sharding, tokens, targets, positions, padding, documents, ``ignore_index`` or the shape of a
-            mask.
+            differ in sharding, tokens, targets, positions, padding, documents, ``ignore_index``, the shape of a
+            mask, or names, shapes, dtypes or bits of fields.
     """
     check_is_group(group)
     facts, problem, cause = "", "", None
     parts: list[ShardedBatch] = []  # one, unless there is a problem
     try:
-        _check_types(batch)
+        check_types(batch)
         check_sharding(sharding, group)
         completed = CompletedBatch.of(batch, sharding)
-        facts = completed.facts(sharding, batch.ignore_index)
+        facts = completed.facts(batch, sharding)
         parts = [completed.part(batch, sharding, group.rank())]
     except ValueError as error:
         problem = str(error)
     except Exception as error:  # whatever it is, the peers wait for a word about it
         problem, cause = f"shard_batch raised {type(error).__name__}: {error}", error
     try:
-        agree(facts, problem=problem, device=_device_of(batch), group=group)
+        agree(facts, problem=problem, device=device_of(batch), group=group)
     except ValueError as told:
         raise told from cause
     return parts[0]
@@ -83,7 +81,7 @@ class CompletedBatch:
     def of(cls, batch: Batch, sharding: TokenSharding) -> "CompletedBatch":
         """Complete the batch, or raise ValueError for what is wrong with it."""
         shape = (sharding.batch.total, sharding.seq.total)
-        _check_fields(batch, shape)
+        check_shapes(batch, shape)
         mask = BatchMask.of(batch.attention_mask, shape)
         documents = documents_of(batch.cu_seqlens, batch.cu_seqlens_padded, shape)
         real_BL = (document_of_place(shape, mask, documents) >= 0).to(batch.token_BL.device)
@@ -106,18 +104,20 @@ class CompletedBatch:
             documents=documents,
         )
 
-    def facts(self, sharding: TokenSharding, ignore_index: int) -> str:
+    def facts(self, batch: Batch, sharding: TokenSharding) -> str:
         """What the ranks have to agree about, in few words."""
         attn_mask = self.mask.attn_mask
+        fields = ", ".join(f"{name!r} {fingerprint_of_bits(x)}" for name, x in sorted(batch.fields.items()))
         facts = {
             "sharding": f"batch {sharding.batch.sizes}, seq {sharding.seq.sizes}, order {sharding.order!r}, "
             f"ranks {sharding.rectangles}",
             "tokens": fingerprint(self.token_BL),
             "targets": fingerprint(self.target_BL),
-            "ignore_index": f"{ignore_index}",
+            "ignore_index": f"{batch.ignore_index}",
             "positions": "default" if self.position_BL is None else fingerprint(self.position_BL),
             "real": fingerprint(self.real_BL),
             "attn_mask": "none" if attn_mask is None else f"{tuple(attn_mask.shape)} of {attn_mask.dtype}",
+            "fields": fields or "none",
             "documents": "none" if self.documents is None else f"{self.documents.ends} at {self.documents.starts}",
         }
         return "; ".join(f"{name} {shortened(value)}" for name, value in facts.items())
@@ -140,6 +140,7 @@ class CompletedBatch:
             cu_seqlens=batch.cu_seqlens,
             cu_seqlens_padded=batch.cu_seqlens_padded,
             ignore_index=batch.ignore_index,
+            fields={name: sharding.shard(in_order(x_BL, sharding), rank) for name, x_BL in batch.fields.items()},
             sharding=sharding,
             rank=rank,
         )
@@ -158,43 +159,15 @@ def fingerprint(x: Tensor) -> str:
     return f"{tuple(x.shape)} {int(mix(value ^ mix(index)).sum()) & 0xFFFFFFFF:08x}"
 
 
+def fingerprint_of_bits(x_BL: Tensor) -> str:
+    """Shape, dtype, and a number that differs where values differ, or their order over the tokens: (B, L, ...) of any
+    dtype. The bits of a token are summed first, as ints, so that nothing is made that is as large as the whole."""
+    real_BL = torch.view_as_real(x_BL.detach().resolve_conj()) if x_BL.is_complex() else x_BL.detach()
+    bits_BL = real_BL.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[real_BL.itemsize])
+    sum_BL = bits_BL.unsqueeze(-1).sum(tuple(range(2, bits_BL.ndim + 1)), dtype=torch.int64)
+    return f"{tuple(x_BL.shape)} of {x_BL.dtype} {fingerprint(sum_BL).rpartition(' ')[2]}"
+
+
 def shortened(text: str) -> str:
     """Text that differs where ``text`` differs, at a bounded length."""
     return text if len(text) <= LONGEST_FACT else f"{text[: LONGEST_FACT - 12]}... {digest(text):08x}"
-
-
-def _check_types(batch: Batch) -> None:
-    """Of all but the documents, which have their own reader."""
-    if not isinstance(batch, Batch):
-        raise ValueError(f"batch is {type(batch).__name__}; it has to be a Batch")
-    for name in TENSORS_OF_TOKENS:
-        value = getattr(batch, name)
-        if not isinstance(value, Tensor) and (value is not None or name == "token_BL"):
-            raise ValueError(f"{name} is {type(value).__name__}; it has to be a tensor")
-    if not isinstance(batch.ignore_index, int):
-        raise ValueError(f"ignore_index is {batch.ignore_index!r}; it has to be an int")
-
-
-def _device_of(batch: Batch) -> torch.device:
-    """Where the batch is; the CPU where it holds no tensor."""
-    fields = (getattr(batch, name, None) for name in TENSORS)
-    return next((x.device for x in fields if isinstance(x, Tensor)), torch.device("cpu"))
-
-
-def _check_fields(batch: Batch, shape: tuple[int, int]) -> None:
-    names = ("token_BL", "target_BL", "loss_mask_BL", "position_BL")
-    fields = {name: x for name in names if (x := getattr(batch, name)) is not None}
-    for name, x in fields.items():
-        dims = (2, 3) if name == "position_BL" else (2,)
-        if x.ndim not in dims or tuple(x.shape[-2:]) != shape:
-            raise ValueError(
-                f"{name} is {tuple(x.shape)}; it has to be (B, L) = {shape}, batch first for either order"
-                + ", or that after a first dimension" * (name == "position_BL")
-            )
-        if name != "loss_mask_BL" and not is_integer(x):
-            raise ValueError(f"{name} is {x.dtype}; it has to be ints")
-        if x.device != batch.token_BL.device:
-            raise ValueError(f"{name} is on {x.device}, but token_BL on {batch.token_BL.device}; move it there")
-    mask = batch.loss_mask_BL
-    if mask is not None and not bool(((mask == 0) | (mask == 1)).all()):
-        raise ValueError("loss_mask_BL holds more than 0 and 1; weigh losses per token and pass them to mean_loss")
