@@ -5,7 +5,7 @@ import torch.distributed as dist
 from torch import nn
 
 from block import Block
-from moe_dispatch import Partition, TokenSharding, sequence_balance_loss
+from moe_dispatch import Partition, TokenSharding, sequence_balance_loss, sum_gradients
 from moe_dispatch.testing import run_ranks
 from sp_attention import Batch, ShardedBatch, UlyssesAttention, mean_cross_entropy, shard_batch
 
@@ -58,8 +58,7 @@ def train(rank: int, steps: int) -> str:
         loss = mean_cross_entropy(logits_BlV, batch.target_Bl, group=group)  # over the targets of all ranks
         balance = sequence_balance_loss(scores_BlE, top_k=2, sharding=sharding, group=group)
         (loss.share + 0.001 * balance).backward()  # both are shares of this rank, so gradients are summed
-        for weight in replicated:
-            dist.all_reduce(weight.grad, group=group)  # not for experts: the rows of all ranks came to them
+        sum_gradients(model, group=group)  # but of experts: the rows of all ranks came to them
         square = sum(weight.grad.square().sum() for weight in own)
         dist.all_reduce(square, group=group)  # of the experts of all ranks
         norm = (square + sum(weight.grad.square().sum() for weight in replicated)).sqrt()

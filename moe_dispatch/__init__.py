@@ -15,6 +15,7 @@ from .plan.metadata import DispatchMetadata
 from .plan.static import StaticPlan, StaticSizes, plan_static
 from .rows.combine import combine, start_combine
 from .rows.dispatch import dispatch, start_dispatch
+from .training.gradients import sum_gradients
 from .wire.agreement import agree
 from .wire.exchange import exchange_rows
 from .wire.regions import gather_tokens, place_tokens
@@ -51,4 +52,5 @@ __all__ = [
     "sequence_balance_loss",
     "start_combine",
     "start_dispatch",
+    "sum_gradients",
 ]

@@ -1,0 +1,1 @@
+"""What a training step needs beside the MoE layer: sums of gradients, their norm, equal replicas, state dicts."""

@@ -1,0 +1,84 @@
+"""Which parameters are experts of this rank, which every rank holds whole, and which lie on a mesh."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeGuard
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from ..layer.moe import MoE
+
+
+class Placement(Protocol):
+    """How a DTensor lies on one dimension of its mesh."""
+
+    def is_shard(self, dim: int | None = None) -> bool: ...
+
+    def is_replicate(self) -> bool: ...
+
+    def is_partial(self) -> bool: ...
+
+
+class OnMesh(Protocol):
+    """What we use of a DTensor."""
+
+    device_mesh: DeviceMesh
+    placements: Sequence[Placement]
+
+
+def is_on_mesh(x: object) -> TypeGuard[OnMesh]:
+    """Is it a DTensor? Told by the name of its class: to import it takes half a second."""
+    return any(kind.__name__ == "DTensor" for kind in type(x).__mro__)
+
+
+def local_part(x: Tensor) -> Tensor:
+    """What this rank holds of it."""
+    return x.to_local() if is_on_mesh(x) else x  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parameters:
+    """The parameters of a model, each in one place, by name.
+
+    Attributes:
+        replicated: ordinary tensors that every rank holds whole.
+        on_mesh: DTensors that are no experts: FSDP2 or DTensor sums their gradients.
+        experts: those of an :class:`MoE`'s experts that have elements, ordinary or DTensors.
+        moe_of_expert: the layer that each of ``experts`` belongs to.
+    """
+
+    replicated: dict[str, nn.Parameter]
+    on_mesh: dict[str, nn.Parameter]
+    experts: dict[str, nn.Parameter]
+    moe_of_expert: dict[str, MoE]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "Parameters":
+        moe_of_tensor = {id(tensor): moe for moe, tensor in tensors_of_experts(model)}
+        found = cls(replicated={}, on_mesh={}, experts={}, moe_of_expert={})
+        for name, parameter in model.named_parameters():
+            moe = moe_of_tensor.get(id(parameter))
+            if moe is None:
+                (found.on_mesh if is_on_mesh(parameter) else found.replicated)[name] = parameter
+            elif parameter.numel():
+                found.experts[name], found.moe_of_expert[name] = parameter, moe
+        return found
+
+
+def tensors_of_experts(model: nn.Module) -> Iterator[tuple[MoE, Tensor]]:
+    """Every parameter and buffer of the experts of every MoE layer."""
+    for module in model.modules():
+        if isinstance(module, MoE):
+            for tensor in (*module.experts.parameters(), *module.experts.buffers()):
+                yield module, tensor
+
+
+def device_of(group: dist.ProcessGroup) -> torch.device:
+    """One that ``group`` communicates on; the CPU where it can, so that nothing waits for the device."""
+    backend = dist.get_backend(group)
+    accelerator = torch.accelerator.current_accelerator()
+    on_cpu = backend in ("gloo", "mpi") or "cpu:" in backend
+    return torch.device("cpu") if on_cpu or accelerator is None else accelerator
