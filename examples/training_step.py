@@ -1,11 +1,11 @@
-"""Training steps written out by hand: losses and gradient norms on 2 ranks are those of one rank."""
+"""Training steps, written out: losses and gradient norms on 2 ranks are those of one rank."""
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from block import Block
-from moe_dispatch import Partition, TokenSharding, sequence_balance_loss, sum_gradients
+from moe_dispatch import Partition, TokenSharding, clip_grad_norm, sequence_balance_loss, sum_gradients
 from moe_dispatch.testing import run_ranks
 from sp_attention import Batch, ShardedBatch, UlyssesAttention, mean_cross_entropy, shard_batch
 
@@ -45,11 +45,9 @@ def train(rank: int, steps: int) -> str:
     batch = Batch(token_BL=torch.randint(100, (2, 9)))  # the same on every rank
     batch = shard_batch(batch, sharding=sharding, group=group)  # this rank's part of it
     model = Model(100, 16, experts, group).double()
-    own = list(model.block.moe.experts.parameters())  # of this rank alone; every rank has all others
-    replicated = [weight for name, weight in model.named_parameters() if ".experts." not in name]
     for expert in range(experts.sizes[rank]):  # each from a seed of its own: alike on any number of ranks
         torch.manual_seed(experts.offsets[rank] + expert)
-        for weight in own:
+        for weight in model.block.moe.experts.parameters():
             nn.init.normal_(weight.data[expert], std=0.25)
     optimizer, told = torch.optim.AdamW(model.parameters(), lr=0.01), f"rank {rank} of {group.size()}:"
     for _ in range(steps):
@@ -59,10 +57,7 @@ def train(rank: int, steps: int) -> str:
         balance = sequence_balance_loss(scores_BlE, top_k=2, sharding=sharding, group=group)
         (loss.share + 0.001 * balance).backward()  # both are shares of this rank, so gradients are summed
         sum_gradients(model, group=group)  # but of experts: the rows of all ranks came to them
-        square = sum(weight.grad.square().sum() for weight in own)
-        dist.all_reduce(square, group=group)  # of the experts of all ranks
-        norm = (square + sum(weight.grad.square().sum() for weight in replicated)).sqrt()
-        nn.utils.clip_grads_with_norm_(model.parameters(), 1.0, norm)
+        norm = clip_grad_norm(model, 1.0)  # that of the whole model, with the experts of all ranks
         optimizer.step()
         model.block.moe.update_bias(0.001, group)  # by the loads of all ranks since the last call
         told += f"  loss {loss.whole:.6f}, norm {norm:.6f}"

@@ -15,6 +15,7 @@ from .plan.metadata import DispatchMetadata
 from .plan.static import StaticPlan, StaticSizes, plan_static
 from .rows.combine import combine, start_combine
 from .rows.dispatch import dispatch, start_dispatch
+from .training.clip import clip_grad_norm
 from .training.gradients import sum_gradients
 from .wire.agreement import agree
 from .wire.exchange import exchange_rows
@@ -40,6 +41,7 @@ __all__ = [
     "TopKRouter",
     "agree",
     "build_mesh",
+    "clip_grad_norm",
     "combine",
     "dispatch",
     "exchange_rows",
