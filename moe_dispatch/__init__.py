@@ -17,6 +17,7 @@ from .rows.combine import combine, start_combine
 from .rows.dispatch import dispatch, start_dispatch
 from .training.clip import clip_grad_norm
 from .training.gradients import sum_gradients
+from .training.replicas import check_replicated
 from .wire.agreement import agree
 from .wire.exchange import exchange_rows
 from .wire.regions import gather_tokens, place_tokens
@@ -41,6 +42,7 @@ __all__ = [
     "TopKRouter",
     "agree",
     "build_mesh",
+    "check_replicated",
     "clip_grad_norm",
     "combine",
     "dispatch",

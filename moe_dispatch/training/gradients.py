@@ -65,10 +65,7 @@ def sum_gradients(
 
 def _table(parameters: dict[str, nn.Parameter], scope: str) -> Table:
     """Facts that have to be equal; as the note, which of the parameters have a gradient."""
-    lines = {
-        name: f"{facts_of(weight)}, {'trained' if weight.requires_grad else 'frozen'}"
-        for name, weight in parameters.items()
-    }
+    lines = {name: facts_of(weight) for name, weight in parameters.items()}
     note = "".join("01"[weight.grad is not None] for weight in parameters.values())
     return Table(lines=lines, note=note, scope=scope)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import DisagreementError
 from ..wire.agreement import BAD, Statement
@@ -38,8 +38,9 @@ class Table:
 
 
 def facts_of(x: Tensor) -> str:
-    """Of a parameter or buffer."""
-    return f"{tuple(x.shape)} of {x.dtype}"
+    """Shape and dtype, and of a parameter whether it is trained."""
+    trained = (", trained" if x.requires_grad else ", frozen") if isinstance(x, nn.Parameter) else ""
+    return f"{tuple(x.shape)} of {x.dtype}{trained}"
 
 
 def long_digest(data: bytes) -> int:

@@ -30,14 +30,19 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from .... import GroupedExperts, MoE, ParallelMesh, Partition, TopKRouter
+from .... import GroupedExperts, MoE, ParallelMesh, Partition, TopKRouter, check_replicated
 from ..config.tables import ModelConfig
+from .layout import everyone
 from .model import Block, DebugModel, DenseFeedForward, SparseFeedForward
 
 
 def parallel_model(whole: DebugModel, config: ModelConfig, mesh: ParallelMesh) -> DebugModel:
-    """``whole``, the same on every rank, as this rank's part of a model on ``mesh``; ``whole`` itself is left
-    alone."""
+    """``whole`` as this rank's part of a model on ``mesh``; ``whole`` itself is left alone.
+
+    Raises:
+        DisagreementError: ``whole`` is not the same on every rank, so that no comparison would mean anything.
+    """
+    check_replicated(whole, group=everyone())
     group = mesh.expert.get_group("ep")
     partition = Partition.balanced(config.experts, group.size())
     first, mine = partition.offsets[group.rank()], partition.sizes[group.rank()]

@@ -104,6 +104,30 @@ def test_rows_of_any_mesh_leave_no_thread_and_no_descriptor_behind(rank_pool: Ra
     assert others == [first] * 5
 
 
+def run_row_with_another_seed(rank: int, config: ValidateConfig, row: RowConfig, *args: Any) -> RowResult:
+    """Rank 1 builds the model of the first row from a seed of its own."""
+    if rank == 1 and row.name == config.rows[0].name:
+        config = replace(config, train=replace(config.train, seed=config.train.seed + 1))
+    return run_row(config, row, *args)
+
+
+class OneRankWithAnotherSeed(PoolRanks):
+    def run(self, fn: Callable[..., T], *args: Any) -> T:
+        assert fn is run_row
+        return super().run(run_row_with_another_seed, *args)  # type: ignore[return-value]
+
+
+def test_a_model_that_is_not_the_same_on_every_rank_is_an_error_and_no_difference(rank_pool: RankPool) -> None:
+    config = small_config(row("tp2 ep2", tp=2, ep=2), row("sp2 ep2", sp=2, ep=2), ranks=2)
+    ranks = OneRankWithAnotherSeed(rank_pool, 2)
+    found = run_matrix(config, config.rows, default_text(), mutant="", ranks=ranks, watcher=QuietWatcher())
+    broken, next_row = found.rows
+    assert "embedding.weight is not the same on all ranks (rank [0]: (" in broken.error
+    assert "build it from one seed" in broken.error
+    assert broken.differences == ()
+    assert next_row.agrees
+
+
 class OneRankOutOfOrder(PoolRanks):
     def run(self, fn: Callable[..., T], *args: Any) -> T:
         assert fn is run_row
