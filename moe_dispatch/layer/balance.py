@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ..layout.sharding import TokenSharding
 from ..wire.exchange import check_group
+from ..wire.policies import unseen_by_policies
 
 
 def sequence_balance_loss(
@@ -40,12 +41,21 @@ def sequence_balance_loss(
     sharding.check_local(scores_BlE, rank)
     scores_tE = scores_BlE.flatten(0, 1)
     row_of_token_t = sharding.rows(rank, scores_tE.device)
-    chosen_tE = torch.zeros_like(scores_tE).scatter(1, scores_tE.detach().topk(top_k, dim=1).indices, 1.0)
-    count_BE = scores_tE.new_zeros(sharding.batch.total, scores_tE.shape[1]).index_add(0, row_of_token_t, chosen_tE)
-    sum_counts(count_BE, group)
+    count_BE = _choices_of_rows(scores_tE.detach(), top_k, row_of_token_t, sharding.batch.total, group)
     frequency_BE = count_BE * (scores_tE.shape[1] / (top_k * max(sharding.seq.total, 1)))
     probability_tE = scores_tE / (scores_tE.sum(1, keepdim=True) + 1e-20)
     return (frequency_BE[row_of_token_t] * probability_tE).sum() / max(sharding.num_tokens, 1)
+
+
+@unseen_by_policies
+def _choices_of_rows(
+    scores_tE: Tensor, top_k: int, row_of_token_t: Tensor, rows: int, group: dist.ProcessGroup
+) -> Tensor:
+    """(rows, E): how often an expert is among the best of a token of each row, on all ranks."""
+    chosen_tE = torch.zeros_like(scores_tE).scatter(1, scores_tE.topk(top_k, dim=1).indices, 1.0)
+    count_BE = scores_tE.new_zeros(rows, scores_tE.shape[1]).index_add(0, row_of_token_t, chosen_tE)
+    sum_counts(count_BE, group)
+    return count_BE
 
 
 def sum_counts(count: Tensor, group: dist.ProcessGroup) -> None:

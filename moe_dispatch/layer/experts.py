@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..wire.autocast import cast_to_autocast, without_autocast
+from ..wire.uncompiled import uncompiled
 
 
 class GroupedExperts(nn.Module):
@@ -106,21 +107,25 @@ def _grouped_product(x_MI: Tensor, w_eIO: Tensor, groups: RowGroups) -> Tensor:
         if y_MO.requires_grad:
             y_MO.register_hook(Tensor.contiguous)  # its backward refuses an expanded gradient, e.g. that of sum()
         return y_MO
-    return _product_by_expert(x_MI, w_eIO, groups.counts)
+    return _product_by_expert(x_MI, w_eIO, groups)
 
 
 def _grouped_mm_runs(x_MI: Tensor, w_eIO: Tensor) -> bool:
-    """grouped_mm needs some rows, low precision (on CPU also float32) and widths that are a multiple of 16 bytes."""
-    dtypes = (torch.bfloat16, torch.float16, torch.float32) if x_MI.device.type == "cpu" else (torch.bfloat16,)
+    """grouped_mm needs some rows, widths that are a multiple of 16 bytes, and bfloat16; on CPU, where it is not
+    compiled, it takes float16 and float32 too."""
+    everywhere, eager_on_cpu = (torch.bfloat16,), (torch.bfloat16, torch.float16, torch.float32)
+    on_cpu = x_MI.device.type == "cpu" and not torch.compiler.is_compiling()
+    dtypes = eager_on_cpu if on_cpu else everywhere
     widths = (w_eIO.shape[1] * w_eIO.itemsize, w_eIO.shape[2] * w_eIO.itemsize)
     fits = x_MI.dtype == w_eIO.dtype and x_MI.dtype in dtypes and not any(width % 16 for width in widths)
     return fits and len(x_MI) > 0 and len(w_eIO) > 0
 
 
-def _product_by_expert(x_MI: Tensor, w_eIO: Tensor, counts: list[int]) -> Tensor:
+@uncompiled("other numbers of rows would be another graph")
+def _product_by_expert(x_MI: Tensor, w_eIO: Tensor, groups: RowGroups) -> Tensor:
     if not len(w_eIO):
         return x_MI @ w_eIO.sum(0)  # no experts, so no rows of any: a product that keeps both in the graph
-    *x_of_expert, unused_mI = x_MI.split([*counts, len(x_MI) - sum(counts)])
+    *x_of_expert, unused_mI = x_MI.split([*groups.counts, len(x_MI) - sum(groups.counts)])
     products = [x_mI @ w_IO for x_mI, w_IO in zip(x_of_expert, w_eIO.unbind(0), strict=True)]
     return torch.cat([*products, unused_mI.new_zeros(len(unused_mI), w_eIO.shape[2])])
 

@@ -16,6 +16,8 @@ from ..rows.combine import combine
 from ..rows.dispatch import start_dispatch
 from ..wire.exchange import check_group
 from ..wire.group_copy import copy_in_group
+from ..wire.policies import unseen_by_policies
+from ..wire.uncompiled import uncompiled
 from .balance import sum_counts
 from .experts import GroupedExperts
 from .recompute import ForwardMemory, in_backward
@@ -83,6 +85,7 @@ class MoE(nn.Module):
         self.register_buffer("report", planner.new_report(len(partition)), persistent=False)
         self._plans: ForwardMemory[Plan] = ForwardMemory()
 
+    @uncompiled("the rows of each batch would be another graph; compile what is around MoE layers")
     def forward(self, x_BlD: Tensor, *, sharding: TokenSharding) -> tuple[Tensor, Tensor]:
         """The layer's output and the router's scores.
 
@@ -167,6 +170,7 @@ class MoE(nn.Module):
         self.router.update_bias(self.load_E, rate)
         self.load_E.zero_()
 
+    @unseen_by_policies
     def _plan(self, scores_BlE: Tensor, terms: Terms) -> Plan:
         expert_BlK = self.router.choose(scores_BlE)
         in_step = not (self.training and only_learns_shapes())

@@ -12,6 +12,8 @@ from torch import Tensor
 from ..layout.partition import Partition
 from ..layout.sharding import TokenSharding
 from ..wire.agreement import BAD, Statement
+from ..wire.policies import unseen_by_policies
+from ..wire.uncompiled import uncompiled
 from .ids.checks import expected_message, ids_and_word, problem_of_arguments, problem_of_values
 from .ids.exchange import IdsExchange
 from .metadata import DispatchMetadata
@@ -33,6 +35,7 @@ class Counted:
     def check_report(self, report: Tensor) -> None:
         """Nothing to check."""
 
+    @unseen_by_policies
     @torch.no_grad()
     def plan(
         self, expert_BlK: Tensor, weight_BlK: Tensor | None, terms: Terms, group: dist.ProcessGroup
@@ -86,6 +89,7 @@ class Counted:
         Statement("", problem).raise_on_every_rank(device=device, group=group)
 
 
+@uncompiled("each plan would be another graph; plan outside of what is compiled")
 def plan_dispatch(
     expert_BlK: Tensor,
     *,

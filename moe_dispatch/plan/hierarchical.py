@@ -21,6 +21,8 @@ from ..errors import GroupError
 from ..layout.partition import Partition
 from ..layout.sharding import TokenSharding
 from ..wire.exchange import check_group, check_is_group
+from ..wire.policies import unseen_by_policies
+from ..wire.uncompiled import uncompiled
 from .counted import Counted
 from .ids.checks import expected_message
 from .metadata import DispatchMetadata
@@ -138,6 +140,7 @@ class NodeGroups:
         """See :func:`plan_hierarchical`; ``group``, of all ranks, is not communicated over."""
         return self.plan_nodes(expert_BlK, weight_BlK, terms)
 
+    @unseen_by_policies
     @torch.no_grad()
     def plan_nodes(self, expert_BlK: Tensor, weight_BlK: Tensor | None, terms: Terms) -> HierarchicalPlan:
         """See :func:`plan_hierarchical`."""
@@ -194,6 +197,7 @@ class NodeGroups:
             Counted().refuse(problem, of_node, self.intra, num_choices=num_choices, device=device)
 
 
+@uncompiled("each plan would be another graph; plan outside of what is compiled")
 def plan_hierarchical(
     expert_BlK: Tensor,
     *,

@@ -16,6 +16,8 @@ from torch import Tensor
 from ..layout.partition import Partition, check_count
 from ..layout.sharding import TokenSharding
 from ..wire.agreement import Statement
+from ..wire.policies import unseen_by_policies
+from ..wire.uncompiled import uncompiled
 from .ids.checks import expected_message, ids_and_word, problem_of_arguments
 from .ids.exchange import IdsExchange
 from .metadata import DispatchMetadata
@@ -99,6 +101,7 @@ class StaticSizes:
         """Raise StaticSizesError where the report tells of a problem; it is copied to the host."""
         told(report.tolist(), rows_per_pair=self.rows_per_pair, rows=self.rows)
 
+    @unseen_by_policies
     @torch.no_grad()
     def plan(
         self, expert_BlK: Tensor, weight_BlK: Tensor | None, terms: Terms, group: dist.ProcessGroup
@@ -153,6 +156,7 @@ class StaticSizes:
         return replace(terms, also=f"{self}, {terms.also}" if terms.also else f"{self}")
 
 
+@uncompiled("each plan would be another graph; plan outside of what is compiled")
 def plan_static(
     expert_BlK: Tensor,
     *,

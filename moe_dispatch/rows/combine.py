@@ -7,6 +7,7 @@ from torch import Tensor
 from ..plan.hierarchical import HierarchicalPlan
 from ..plan.metadata import DispatchMetadata
 from ..plan.planner import Plan
+from ..wire.uncompiled import uncompiled
 from .functions import FinishCombine, StartCombine, StartCombineBetween, StartWeightedCombine
 from .row_exchange import RowExchange
 
@@ -18,6 +19,7 @@ class PendingCombine:
     _link: Tensor
     _exchange: RowExchange
 
+    @uncompiled("each plan would be another graph; move rows outside of what is compiled")
     def finish(self) -> Tensor:
         """Wait for the rows: what :func:`combine` returns. RuntimeError the second time."""
         y_tD: Tensor = FinishCombine.apply(self._link, self._exchange)  # type: ignore[assignment]
@@ -45,6 +47,7 @@ def combine(y_MD: Tensor, metadata: Plan, weight_M: Tensor | None = None) -> Ten
     return start_combine(y_MD, metadata, weight_M).finish()
 
 
+@uncompiled("each plan would be another graph; move rows outside of what is compiled")
 def start_combine(y_MD: Tensor, metadata: Plan, weight_M: Tensor | None = None) -> PendingCombine:
     """:func:`combine` in the background, as :func:`start_dispatch`. By a hierarchical plan, the exchange between
     nodes is in the background.

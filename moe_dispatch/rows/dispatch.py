@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ..plan.hierarchical import HierarchicalPlan
 from ..plan.planner import Plan
+from ..wire.uncompiled import uncompiled
 from .buffer import RowFormat
 from .functions import FinishBetween, FinishDispatch, StartDispatch
 from .row_exchange import RowExchange
@@ -20,6 +21,7 @@ class PendingDispatch:
     _exchange: RowExchange
     _row_format: RowFormat
 
+    @uncompiled("each plan would be another graph; move rows outside of what is compiled")
     def finish(self) -> tuple[Tensor, Tensor]:
         """Wait for the rows: what :func:`dispatch` returns. RuntimeError the second time."""
         on_their_way = self._link, self._exchange, self._row_format
@@ -57,6 +59,7 @@ def dispatch(x_BlD: Tensor, weight_BlK: Tensor, metadata: Plan) -> tuple[Tensor,
     return start_dispatch(x_BlD, weight_BlK, metadata).finish()
 
 
+@uncompiled("each plan would be another graph; move rows outside of what is compiled")
 def start_dispatch(x_BlD: Tensor, weight_BlK: Tensor, metadata: Plan) -> PendingDispatch:
     """:func:`dispatch` in the background: what is computed before ``finish()`` overlaps with the exchange, and its
     backward with the exchange backward. Every rank calls both, in the same order among its collectives. By a

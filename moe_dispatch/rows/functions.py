@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..wire.policies import unseen_by_policies
 from .buffer import RowFormat
 from .row_exchange import RowExchange
 from .sums import dot_rows, sum_rows, sum_weighted_rows, weigh_rows
@@ -31,6 +32,7 @@ class StartDispatch(torch.autograd.Function):
     """
 
     @staticmethod
+    @unseen_by_policies
     def forward(ctx: Any, x_tD: Tensor, weight_tK: Tensor, exchange: RowExchange, row_format: RowFormat) -> Tensor:
         ctx.exchange, ctx.row_format = exchange, row_format
         exchange.start(row_format, x_tD, weight_tK)
@@ -57,6 +59,7 @@ class FinishDispatch(torch.autograd.Function):
     """
 
     @staticmethod
+    @unseen_by_policies
     def forward(ctx: Any, link: Tensor, exchange: RowExchange, row_format: RowFormat) -> tuple[Tensor, Tensor]:
         ctx.exchange, ctx.row_format, plan = exchange, row_format, exchange.plan
         buffer_RC = exchange.wait()
@@ -82,6 +85,7 @@ class FinishBetween(torch.autograd.Function):
     """
 
     @staticmethod
+    @unseen_by_policies
     def forward(ctx: Any, link: Tensor, exchange: RowExchange, row_format: RowFormat) -> tuple[Tensor, Tensor]:
         ctx.exchange, ctx.row_format = exchange, row_format
         x_RD, weight_RK = row_format.read(exchange.wait())
@@ -102,6 +106,7 @@ class StartCombine(torch.autograd.Function):
     """
 
     @staticmethod
+    @unseen_by_policies
     def forward(ctx: Any, y_MD: Tensor, exchange: RowExchange) -> Tensor:
         ctx.exchange, ctx.dtype, plan = exchange, y_MD.dtype, exchange.plan
         exchange.start_home(sum_rows(y_MD, plan.row_of_entry_M, plan.first_entry_R))
@@ -120,6 +125,7 @@ class StartWeightedCombine(torch.autograd.Function):
     """
 
     @staticmethod
+    @unseen_by_policies
     def forward(ctx: Any, y_MD: Tensor, weight_M: Tensor, exchange: RowExchange) -> Tensor:
         ctx.exchange, ctx.dtype, plan = exchange, y_MD.dtype, exchange.plan
         ctx.save_for_backward(y_MD if ctx.needs_input_grad[1] else None, weight_M)
@@ -149,6 +155,7 @@ class StartCombineBetween(torch.autograd.Function):
     """
 
     @staticmethod
+    @unseen_by_policies
     def forward(ctx: Any, y_RD: Tensor, exchange: RowExchange) -> Tensor:
         ctx.exchange, ctx.dtype = exchange, y_RD.dtype
         exchange.start_home(y_RD.contiguous())
@@ -168,6 +175,7 @@ class FinishCombine(torch.autograd.Function):
     """
 
     @staticmethod
+    @unseen_by_policies
     def forward(ctx: Any, link: Tensor, exchange: RowExchange) -> Tensor:
         ctx.exchange, plan = exchange, exchange.plan
         # Not a view of anything: autograd lets nobody write to a view that a Function returns (y_BlD += x_BlD).

@@ -8,22 +8,56 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .policies import unseen_by_policies
+
 
 class _ExchangeRows(torch.autograd.Function):
     """forward   received = E rows
     backward  d rows   = Eᵀ d received, the same exchange with the counts swapped
+
+    A compiled checkpoint recomputes an exchange on the ranks whose backward needs something of it. To save no rows
+    costs nothing: so where none came, the compiler leaves the exchange out, and the peers wait. In compiled code each
+    rank therefore sends itself one row more, ``extra``, and backward sends what came of it; elsewhere that is no row.
     """
 
     @staticmethod
+    @unseen_by_policies
     def forward(
-        ctx: Any, rows: Tensor, sent: tuple[int, ...], received: tuple[int, ...], group: dist.ProcessGroup
+        ctx: Any,
+        rows: Tensor,
+        extra: Tensor,
+        sent: tuple[int, ...],
+        received: tuple[int, ...],
+        group: dist.ProcessGroup,
     ) -> Tensor:
         ctx.sent, ctx.received, ctx.group = sent, received, group
-        return move_rows(rows.contiguous(), sent, received, group)
+        if not len(extra):
+            out = rows.new_empty((sum(received), *rows.shape[1:]))
+            _exchange(out, rows.contiguous(), sent, received, group, in_background=False)
+            return out
+        (sent_before, sent), (received_before, received) = (_one_more(way, group.rank()) for way in (sent, received))
+        out = rows.new_empty((sum(received), *rows.shape[1:]))
+        with_extra = rows.new_empty((sum(sent), *rows.shape[1:]))
+        # Copies, since cat forgets tensors without rows: backward has to follow from the gradients.
+        for part, x in zip(
+            with_extra.tensor_split([sent_before, sent_before + 1]),
+            (rows[:sent_before], extra, rows[sent_before:]),
+            strict=True,
+        ):
+            part.copy_(x)
+        _exchange(out, with_extra, sent, received, group, in_background=False)
+        ctx.save_for_backward(out[received_before : received_before + 1])
+        return torch.cat([out[:received_before], out[received_before + 1 :]])
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        return _ExchangeRows.apply(grads[0], ctx.received, ctx.sent, ctx.group), None, None, None  # type: ignore[return-value]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        extra = ctx.saved_tensors[0] if ctx.saved_tensors else grads[0][:0]
+        return _ExchangeRows.apply(grads[0], extra, ctx.received, ctx.sent, ctx.group), None, None, None, None  # type: ignore[return-value]
+
+
+def _one_more(counts: tuple[int, ...], rank: int) -> tuple[int, tuple[int, ...]]:
+    """How many rows come before those of ``rank``, and the counts with one row more for it."""
+    return sum(counts[:rank]), (*counts[:rank], counts[rank] + 1, *counts[rank + 1 :])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -59,7 +93,7 @@ def start_exchange(
     """
     if len(sent) == 1:
         return FinishedExchange(rows)
-    return start_exchange_into(_room_for(rows, received), rows, sent, received, group)
+    return start_exchange_into(rows.new_empty((sum(received), *rows.shape[1:])), rows, sent, received, group)
 
 
 def start_exchange_into(
@@ -71,19 +105,6 @@ def start_exchange_into(
         return FinishedExchange(out)
     work = _exchange(out[: sum(received)], rows, sent, received, group, not torch.compiler.is_compiling())
     return FinishedExchange(out) if work is None else PendingExchange(rows, out, work)
-
-
-def move_rows(rows: Tensor, sent: Sequence[int], received: Sequence[int], group: dist.ProcessGroup) -> Tensor:
-    """:func:`exchange_rows` for autograd Functions: no gradient, no checks, contiguous rows."""
-    if len(sent) == 1:
-        return rows
-    out = _room_for(rows, received)
-    _exchange(out, rows, sent, received, group, in_background=False)
-    return out
-
-
-def _room_for(rows: Tensor, received: Sequence[int]) -> Tensor:
-    return rows.new_empty((sum(received), *rows.shape[1:]))
 
 
 def _exchange(
@@ -150,4 +171,5 @@ def exchange_rows(rows: Tensor, sent: Sequence[int], received: Sequence[int], gr
         if sent != received:
             raise ValueError(f"sent = {sent} and received = {received} in a group of one rank; they have to be equal")
         return rows
-    return _ExchangeRows.apply(rows, sent, received, group)  # type: ignore[return-value]
+    extra = rows.new_zeros((int(torch.compiler.is_compiling()), *rows.shape[1:]))
+    return _ExchangeRows.apply(rows, extra, sent, received, group)  # type: ignore[return-value]

@@ -60,9 +60,9 @@ def allowed_by_place(
     left, right = sides_of(is_causal, window)
     allowed = torch.ones_like(distance, dtype=torch.bool)
     if left >= 0:
-        allowed &= distance >= -left
+        allowed = allowed & (distance >= -left)
     if right >= 0:
-        allowed &= distance <= right
+        allowed = allowed & (distance <= right)
     return allowed
 
 

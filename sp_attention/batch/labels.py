@@ -6,11 +6,14 @@ All of whole sequences, batch first, before anything is cut.
 import torch
 from torch import Tensor
 
+from moe_dispatch.internals import unseen_by_policies
+
 from ..attend.documents import Documents
 from ..dtypes import is_integer
 from .masks import BatchMask
 
 
+@unseen_by_policies
 def shift_labels(
     label_BL: Tensor,
     *,

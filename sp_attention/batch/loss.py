@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_dispatch.internals import Statement, check_is_group
+from moe_dispatch.internals import Statement, check_is_group, unseen_by_policies
 
 from ..dtypes import dtype_of_sums, is_integer
 
@@ -102,6 +102,7 @@ def mean_cross_entropy(
     return _mean(F.cross_entropy(logits_cV, target_c, reduction="sum"), len(target_c), "", group)
 
 
+@unseen_by_policies
 def _mean(loss_sum: Tensor, count: int | Tensor, problem: str, group: dist.ProcessGroup) -> MeanLoss:
     """The mean of each rank's ``loss_sum`` over all ``count``, or the problems of all ranks."""
     check_is_group(group)

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_dispatch import Partition, TokenSharding
-from moe_dispatch.internals import check_group, start_exchange
+from moe_dispatch.internals import check_group, start_exchange, unseen_by_policies
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +67,7 @@ def heads_from_tokens(
             f"rank {rank} has a tensor of shape {tuple(x_BlNH.shape)}; its tokens with all heads are "
             f"{(*wanted, 'H')} in order {sharding.order!r}, as sharding.shard(x, {rank}) cuts them"
         )
-    (x_BLnH,), _ = to_heads([x_BlNH], [Split(sharding=sharding, heads=heads)], group, x_BlNH.new_empty(0))
+    (x_BLnH,), _ = to_heads([x_BlNH], [Split(sharding=sharding, heads=heads)], group, no_header(x_BlNH))
     return x_BLnH
 
 
@@ -89,7 +89,7 @@ def tokens_from_heads(
             f"rank {rank} has a tensor of shape {tuple(x_BLnH.shape)}; all tokens of its heads are {(*wanted, 'H')} "
             f"in order {sharding.order!r}, as heads_from_tokens gives them"
         )
-    x_BlNH, _ = to_tokens(x_BLnH, Split(sharding=sharding, heads=heads), group, x_BLnH.new_empty(0))
+    x_BlNH, _ = to_tokens(x_BLnH, Split(sharding=sharding, heads=heads), group, no_header(x_BLnH))
     return x_BlNH
 
 
@@ -99,6 +99,7 @@ class _ToHeads(torch.autograd.Function):
     """
 
     @staticmethod
+    @unseen_by_policies
     def forward(
         ctx: Any, splits: tuple[Split, ...], group: dist.ProcessGroup, header: Tensor, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
@@ -118,12 +119,17 @@ class _ToHeads(torch.autograd.Function):
             group,
         )
         ctx.mark_non_differentiable(headers)
+        keep_for_recomputation(ctx, headers)
         return (*wholes, headers)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        no_header = grads[0].new_empty(0)
-        return (None, None, None, *_ToTokens.apply(ctx.splits, ctx.group, no_header, *grads[:-1])[:-1])  # type: ignore[index]
+        return (
+            None,
+            None,
+            None,
+            *_ToTokens.apply(ctx.splits, ctx.group, header_backward(ctx, grads[0]), *grads[:-1])[:-1],
+        )  # type: ignore[index]
 
 
 class _ToTokens(torch.autograd.Function):
@@ -132,6 +138,7 @@ class _ToTokens(torch.autograd.Function):
     """
 
     @staticmethod
+    @unseen_by_policies
     def forward(
         ctx: Any, splits: tuple[Split, ...], group: dist.ProcessGroup, header: Tensor, *wholes: Tensor
     ) -> tuple[Tensor, ...]:
@@ -151,12 +158,38 @@ class _ToTokens(torch.autograd.Function):
             group,
         )
         ctx.mark_non_differentiable(headers)
+        keep_for_recomputation(ctx, headers)
         return (*tensors, headers)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        no_header = grads[0].new_empty(0)
-        return (None, None, None, *_ToHeads.apply(ctx.splits, ctx.group, no_header, *grads[:-1])[:-1])  # type: ignore[index]
+        return (
+            None,
+            None,
+            None,
+            *_ToHeads.apply(ctx.splits, ctx.group, header_backward(ctx, grads[0]), *grads[:-1])[:-1],
+        )  # type: ignore[index]
+
+
+def no_header(like: Tensor) -> Tensor:
+    """A header that says nothing: empty, but in compiled code."""
+    return like.new_zeros(int(torch.compiler.is_compiling()))
+
+
+def keep_for_recomputation(ctx: Any, headers: Tensor) -> None:
+    """Have backward need what this exchange brought, in compiled code.
+
+    A compiled checkpoint recomputes an exchange on the ranks whose backward needs something of it. A rank without
+    tokens or heads needs nothing: saving an empty tensor is free, so the compiler saves it and leaves the exchange
+    out, while the peers wait for that rank. Headers are never empty.
+    """
+    if torch.compiler.is_compiling():
+        ctx.save_for_backward(headers)
+
+
+def header_backward(ctx: Any, like: Tensor) -> Tensor:
+    """What travels with the gradients: of what was kept, where something was."""
+    return ctx.saved_tensors[0][0] if ctx.saved_tensors else like.new_empty(0)
 
 
 def to_heads(

@@ -1,0 +1,40 @@
+"""Functions that torch.compile leaves as they are: a graph break, where each batch would be another graph.
+
+``torch.compiler.disable`` says the same, but imports the compiler (a second, in every process that never compiles).
+This marks functions as it does, and calls them as it does.
+"""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
+from torch._C._dynamo import eval_frame
+
+P = ParamSpec("P")
+R = TypeVar("R")
+AS_IT_IS = eval_frame._FrameExecStrategy(eval_frame._FrameAction.SKIP, eval_frame._FrameAction.DEFAULT)
+
+
+def uncompiled(reason: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """A decorator: the function, and what it calls, is not compiled, whatever calls it.
+
+    Args:
+        reason: what torch.compile says with ``fullgraph=True``, where a graph break is an error.
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        @wraps(function)
+        def run(*args: P.args, **kwargs: P.kwargs) -> R:
+            before = eval_frame.set_eval_frame(None)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                eval_frame.set_eval_frame(before)
+
+        eval_frame.set_code_exec_strategy(run.__code__, AS_IT_IS)  # pyright: ignore[reportAttributeAccessIssue]
+        vars(run).update(
+            _torchdynamo_disable=True, _torchdynamo_disable_msg=reason, _torchdynamo_disable_recursive=True
+        )
+        return run
+
+    return decorate

@@ -1,0 +1,93 @@
+"""The table of docs/composing.md, cell by cell."""
+
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+
+from moe_dispatch.testing import RankPool, RankThreads
+from tests.support.composed.compiled import COMPILED
+from tests.support.composed.subjects import LAYOUTS, SUBJECTS, made, shards_of
+from tests.support.composed.ways import WAYS, plainly
+from tests.support.composed.wrappers import WRAPPERS, placed
+from tests.support.ranks import world
+from tests.support.source import ROOT
+from tests.support.tensors import difference
+
+# Few of the compiled cells are quick enough to be no part of the sweep: seconds each.
+QUICK = {
+    ("torch.compile, float32", "MoE"),
+    ("torch.compile, without gradients", "dispatch, combine"),
+    ("torch.compile, without gradients", "losses"),
+    ("torch.compile of a checkpointed block", "MoE"),
+    ("torch.compile of a checkpointed block", "ulysses_attention"),
+}
+EMPTY = "one rank has nothing"
+
+
+def table() -> dict[tuple[str, str], str]:
+    lines = (Path(ROOT) / "docs/composing.md").read_text(encoding="utf-8").splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    (_, *subjects), _, *body = rows
+    return {(way, what): cell for way, *cells in body for what, cell in zip(subjects, cells, strict=True)}
+
+
+def test_the_table_has_every_cell() -> None:
+    assert set(table()) == set(product([*WRAPPERS, *COMPILED, *WAYS], SUBJECTS))
+    assert set(table().values()) == {"right", "graph break"}
+    breaks = {what for (way, what), cell in table().items() if cell == "graph break"}
+    assert breaks == {"MoE", "dispatch, combine", "shard_batch"}  # see test_graph_breaks
+    assert {way for (way, _), cell in table().items() if cell == "graph break"} == set(COMPILED)
+
+
+def off_by(rank: int, way: str, what: str, layout: str) -> float:
+    x_BlD, pull_BlD = shards_of(LAYOUTS[layout], rank, torch.float64)
+
+    def make() -> torch.nn.Module:
+        return made(what, LAYOUTS[layout], world()).to(torch.float64)
+
+    wanted, got = (run(make, x_BlD, pull_BlD) for run in (plainly, WAYS[way]))
+    assert got.keys() == wanted.keys()
+    return max(difference(got[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("what", SUBJECTS)
+@pytest.mark.parametrize("way", WAYS)
+def test_a_way_to_use_it(rank_threads: RankThreads, way: str, what: str, layout: str, uncovered: None) -> None:
+    assert rank_threads.run(off_by, 2, way, what, layout) == [0.0, 0.0]
+
+
+def wrapped_off_by(rank: int, wrapper: str, what: str, layout: str) -> float:
+    with placed(what, layout) as place:
+        wanted, got = WRAPPERS[wrapper].wanted(place), WRAPPERS[wrapper].run(place)
+    assert got.keys() == wanted.keys()
+    return max(difference(got[name].double(), wanted[name].double()) for name in wanted)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("what", SUBJECTS)
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+def test_a_wrapper_around_it(rank_pool: RankPool, wrapper: str, what: str, layout: str) -> None:
+    for found in rank_pool.run(wrapped_off_by, 4, wrapper, what, layout):
+        assert found <= WRAPPERS[wrapper].tolerance
+
+
+def compiled_cases() -> list[object]:
+    cases = product(COMPILED, SUBJECTS, LAYOUTS)
+    return [
+        case if case[:2] in QUICK and case[2] == EMPTY else pytest.param(*case, marks=pytest.mark.sweep)
+        for case in cases
+    ]
+
+
+def compiled_off_by(rank: int, way: str, what: str, layout: str) -> float:
+    return COMPILED[way].off_by(rank, what, layout, difference)
+
+
+@pytest.mark.parametrize(("way", "what", "layout"), compiled_cases())
+def test_compiled(rank_pool: RankPool, way: str, what: str, layout: str) -> None:
+    for found in rank_pool.run(compiled_off_by, 2, way, what, layout, timeout=600):
+        assert found <= COMPILED[way].tolerance
