@@ -17,6 +17,8 @@ from torch import Tensor
 from moe_dispatch import Partition, TokenSharding
 from moe_dispatch.internals import check_group, start_exchange, unseen_by_policies
 
+from .headers import header_backward, keep_for_recomputation, no_header
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Split:
@@ -169,27 +171,6 @@ class _ToTokens(torch.autograd.Function):
             None,
             *_ToHeads.apply(ctx.splits, ctx.group, header_backward(ctx, grads[0]), *grads[:-1])[:-1],
         )  # type: ignore[index]
-
-
-def no_header(like: Tensor) -> Tensor:
-    """A header that says nothing: empty, but in compiled code."""
-    return like.new_zeros(int(torch.compiler.is_compiling()))
-
-
-def keep_for_recomputation(ctx: Any, headers: Tensor) -> None:
-    """Have backward need what this exchange brought, in compiled code.
-
-    A compiled checkpoint recomputes an exchange on the ranks whose backward needs something of it. A rank without
-    tokens or heads needs nothing: saving an empty tensor is free, so the compiler saves it and leaves the exchange
-    out, while the peers wait for that rank. Headers are never empty.
-    """
-    if torch.compiler.is_compiling():
-        ctx.save_for_backward(headers)
-
-
-def header_backward(ctx: Any, like: Tensor) -> Tensor:
-    """What travels with the gradients: of what was kept, where something was."""
-    return ctx.saved_tensors[0][0] if ctx.saved_tensors else like.new_empty(0)
 
 
 def to_heads(
