@@ -18,6 +18,8 @@ from .rows.dispatch import dispatch, start_dispatch
 from .training.clip import clip_grad_norm
 from .training.gradients import sum_gradients
 from .training.replicas import check_replicated
+from .training.split_experts import split_experts
+from .training.whole_state import share_of_state_dict, whole_state_dict
 from .wire.agreement import agree
 from .wire.exchange import exchange_rows
 from .wire.regions import gather_tokens, place_tokens
@@ -54,7 +56,10 @@ __all__ = [
     "plan_hierarchical",
     "plan_static",
     "sequence_balance_loss",
+    "share_of_state_dict",
+    "split_experts",
     "start_combine",
     "start_dispatch",
     "sum_gradients",
+    "whole_state_dict",
 ]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import GroupError
 from ..layer.moe import MoE
-from .parameters import Parameters, device_of, is_on_mesh, local_part
+from .parameters import Parameters, is_on_mesh, local_part, within_reach
 
 Groups = tuple[dist.ProcessGroup, ...]
 
@@ -108,8 +108,7 @@ class Power:
         """Of what all ranks of the groups hold, one after the other."""
         for group in groups:
             if group.size() > 1:
-                # Gradients that were offloaded to the CPU, and a group that is on CUDA only.
-                powers = powers.to(device_of(group)) if powers.device.type == "cpu" else powers
+                powers = within_reach(powers, group)
                 op = dist.ReduceOp.MAX if self.p == math.inf else dist.ReduceOp.SUM
                 dist.all_reduce(powers, op=op, group=group)
         return powers.to(self.device)

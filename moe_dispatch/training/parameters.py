@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.parameter import is_lazy
 
 from ..layer.moe import MoE
 
@@ -76,9 +77,24 @@ def tensors_of_experts(model: nn.Module) -> Iterator[tuple[MoE, Tensor]]:
                 yield module, tensor
 
 
+def no_values(name: str, tensor: Tensor) -> str:
+    """What is wrong with a tensor on "meta", or one that a lazy module will make; empty if nothing is."""
+    if not (is_lazy(tensor) or tensor.is_meta):
+        return ""
+    return (
+        f"{name} has no values yet; give the model its values first, e.g. on meta to_empty(device=...) and "
+        "reset_parameters(), or load_state_dict(..., assign=True)"
+    )
+
+
 def device_of(group: dist.ProcessGroup) -> torch.device:
     """One that ``group`` communicates on; the CPU where it can, so that nothing waits for the device."""
     backend = dist.get_backend(group)
     accelerator = torch.accelerator.current_accelerator()
     on_cpu = backend in ("gloo", "mpi") or "cpu:" in backend
     return torch.device("cpu") if on_cpu or accelerator is None else accelerator
+
+
+def within_reach(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """``x`` where ``group`` can send it from: what was offloaded to the CPU may have to move."""
+    return x.to(device_of(group)) if x.device.type == "cpu" else x

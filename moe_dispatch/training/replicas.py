@@ -7,11 +7,10 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from ..layer.moe import MoE
 from ..wire.exchange import check_is_group
-from .parameters import is_on_mesh, local_part, tensors_of_experts
+from .parameters import is_on_mesh, local_part, no_values, tensors_of_experts
 from .tables import Table, compare_tables, facts_of
 
 
@@ -57,11 +56,8 @@ def _of_every_rank(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _unreadable(name: str, tensor: Tensor) -> str:
-    if is_lazy(tensor) or tensor.is_meta:
-        return (
-            f"{name} has no values yet; give the model its values first, e.g. on meta to_empty(device=...) and "
-            "reset_parameters(), or load_state_dict(..., assign=True)"
-        )
+    if problem := no_values(name, tensor):
+        return problem
     local = local_part(tensor)
     if local.layout != torch.strided or (local.numel() and not local.data_ptr()):
         kind = type(tensor).__name__

@@ -77,7 +77,7 @@ def compare_tables(tables: Sequence[Table], *, problem: str, remedy: str, group:
             len(text),
         )
     ]
-    words_PX4 = _from_every_rank(torch.tensor(words), [len(words)] * group.size(), device, group)
+    words_PX4 = from_every_rank(torch.tensor(words), [len(words)] * group.size(), device, group)
     words_PX4 = [mine.view(-1, 4).tolist() for mine in words_PX4]
     if any(digest == BAD for words_X4 in words_PX4 for _, digest, _, _ in words_X4):
         Statement("", problem).raise_on_every_rank(device=device, group=group)
@@ -87,7 +87,7 @@ def compare_tables(tables: Sequence[Table], *, problem: str, remedy: str, group:
         pairs = set(zip(scope_P, digest_P, strict=True))
         if len(pairs) > len(set(scope_P)):  # every rank sees all scopes, so all come here
             data = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-            received = _from_every_rank(data, length_P, device, group)
+            received = from_every_rank(data, length_P, device, group)
             lines = [json.loads(bytes(mine.tolist())) for mine in received]
             raise DisagreementError(f"{_first_difference(lines, scope_P)}; {remedy}")
         mine = scope_P[group.rank()]
@@ -95,7 +95,7 @@ def compare_tables(tables: Sequence[Table], *, problem: str, remedy: str, group:
     return same_notes
 
 
-def _from_every_rank(
+def from_every_rank(
     x_N: Tensor, counts: Sequence[int], device: torch.device, group: dist.ProcessGroup
 ) -> list[Tensor]:
     """What each rank has, on the CPU, in rank order; ``counts`` says how much."""
