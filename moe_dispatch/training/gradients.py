@@ -12,6 +12,7 @@ from .summable import why_not_summable
 from .tables import Table, compare_tables, facts_of
 
 BUCKET_BYTES = 2**25  # of one all-reduce: enough to fill the wire, little beside the gradients
+ALONE_BYTES = 2**22  # from here on two copies cost more than a message: a gradient travels alone, as it lies
 
 
 @torch.no_grad()
@@ -26,8 +27,8 @@ def sum_gradients(
     ``FSDPModule``, after ``set_force_sum_reduction_for_comms(True)`` on gloo.
 
     A missing gradient counts as zero where another rank has one; where none has, it stays missing. Gradients travel
-    in buckets of one dtype and at most 32 MiB, those in low precision as float32: sums are rounded once. What is
-    frozen costs nothing.
+    in buckets of one dtype and at most 32 MiB, large ones alone and where they lie; those in low precision as
+    float32, so that sums are rounded once. What is frozen costs nothing.
 
     One exchange of 64 bytes per pair of ranks comes first, so that a difference between ranks is an error and no
     hang. Where the group has no CPU backend, the host waits for it.
@@ -85,8 +86,9 @@ def _sum(parameters: Sequence[nn.Parameter], group: dist.ProcessGroup, same_ever
             if weight.grad is None:
                 weight.grad = torch.zeros_like(weight)
             gradients.append(weight.grad)
+    room = torch.empty(0)
     for bucket in buckets(gradients):
-        sum_bucket(bucket, group)
+        room = sum_bucket(bucket, room, group)
 
 
 def buckets(gradients: Iterable[Tensor]) -> Iterator[list[Tensor]]:
@@ -97,6 +99,9 @@ def buckets(gradients: Iterable[Tensor]) -> Iterator[list[Tensor]]:
     for gradient in sorted(gradients, key=lambda x: (str(x.device), str(on_wire(x)))):
         num_bytes = gradient.numel() * on_wire(gradient).itemsize
         of_gradient = (gradient.device, on_wire(gradient))
+        if num_bytes >= ALONE_BYTES:
+            yield [gradient]
+            continue
         if bucket and (of_gradient != kind or size + num_bytes > BUCKET_BYTES):
             yield bucket
             bucket, size = [], 0
@@ -111,13 +116,18 @@ def on_wire(gradient: Tensor) -> torch.dtype:
     return torch.promote_types(gradient.dtype, torch.float32)
 
 
-def sum_bucket(bucket: Sequence[Tensor], group: dist.ProcessGroup) -> None:
-    """One all-reduce; in place where one gradient fills the bucket as it lies."""
-    first = bucket[0]
-    if len(bucket) == 1 and first.is_contiguous() and first.dtype == on_wire(first):
+def sum_bucket(bucket: Sequence[Tensor], room: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """One all-reduce; in place where a gradient is alone and can be sent as it lies. ``room`` is where the last
+    bucket travelled, and the result where this one did: new memory for each took longer on the CPU than copies."""
+    first, dtype, sizes = bucket[0], on_wire(bucket[0]), [gradient.numel() for gradient in bucket]
+    if len(bucket) == 1 and first.is_contiguous() and first.dtype == dtype:
         dist.all_reduce(first, group=group)
-        return
-    flat = torch.cat([gradient.flatten().to(on_wire(gradient)) for gradient in bucket])
+        return room
+    if (room.dtype, room.device) != (dtype, first.device) or room.numel() < sum(sizes):
+        room = torch.empty(sum(sizes), dtype=dtype, device=first.device)
+    flat = room[: sum(sizes)]
+    torch.cat([gradient.flatten().to(dtype) for gradient in bucket], out=flat)
     dist.all_reduce(flat, group=group)
-    for gradient, part in zip(bucket, flat.split([gradient.numel() for gradient in bucket]), strict=True):
+    for gradient, part in zip(bucket, flat.split(sizes), strict=True):
         gradient.copy_(part.view(gradient.shape))
+    return room
