@@ -12,7 +12,7 @@ from .attend.default import scaled_dot_product
 from .attend.flex import flex_attend
 from .batch.batch import Batch, ShardedBatch, gather_outputs
 from .batch.labels import shift_labels
-from .batch.loss import MeanLoss, mean_cross_entropy, mean_loss
+from .batch.loss import MeanLoss, count_targets, mean_cross_entropy, mean_loss
 from .batch.shard import shard_batch
 from .call.module import UlyssesAttention
 from .call.ulysses import ulysses_attention
@@ -23,6 +23,7 @@ __all__ = [
     "MeanLoss",
     "ShardedBatch",
     "UlyssesAttention",
+    "count_targets",
     "flex_attend",
     "gather_outputs",
     "heads_from_tokens",
