@@ -23,6 +23,7 @@ from .training.whole_state import share_of_state_dict, whole_state_dict
 from .wire.agreement import agree
 from .wire.exchange import exchange_rows
 from .wire.regions import gather_tokens, place_tokens
+from .wire.token_counts import gather_sharding
 
 __all__ = [
     "Counted",
@@ -49,6 +50,7 @@ __all__ = [
     "combine",
     "dispatch",
     "exchange_rows",
+    "gather_sharding",
     "gather_tokens",
     "leave_experts_to_ranks",
     "place_tokens",
