@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import GroupError
 from ..layer.moe import MoE
-from .parameters import Parameters, is_on_mesh, local_part, within_reach
+from .parameters import Parameters, is_on_mesh, local_part, within_reach, wrapped_by
 
 Groups = tuple[dist.ProcessGroup, ...]
 
@@ -49,10 +49,15 @@ def clip_grad_norm(
 
     Raises:
         GroupError: on every rank: a norm that is not finite, if asked for.
-        ValueError: a ``norm_type`` that is none.
+        ValueError: a ``norm_type`` that is none, or FSDP1, whose ordinary tensors are pieces of parameters.
     """
     if not norm_type > 0:
         raise ValueError(f"norm_type is {norm_type!r}; use 2.0, another number above 0, or math.inf")
+    if place := wrapped_by("FullyShardedDataParallel", model):
+        raise ValueError(
+            f"FullyShardedDataParallel around {place} holds pieces of parameters as ordinary tensors, of which "
+            "nobody can tell that they are pieces; use FSDP2 (fully_shard)"
+        )
     parameters = Parameters.of(model)
     everything = [*parameters.replicated.values(), *parameters.on_mesh.values(), *parameters.experts.values()]
     dtype = torch.float64 if any(weight.dtype == torch.float64 for weight in model.parameters()) else torch.float32

@@ -77,6 +77,14 @@ def tensors_of_experts(model: nn.Module) -> Iterator[tuple[MoE, Tensor]]:
                 yield module, tensor
 
 
+def wrapped_by(wrapper: str, model: nn.Module) -> str:
+    """Where in the model there is a module of that class; empty if nowhere."""
+    for place, module in model.named_modules():
+        if any(kind.__name__ == wrapper for kind in type(module).__mro__):
+            return place or "the model"
+    return ""
+
+
 def no_values(name: str, tensor: Tensor) -> str:
     """What is wrong with a tensor on "meta", or one that a lazy module will make; empty if nothing is."""
     if not (is_lazy(tensor) or tensor.is_meta):

@@ -6,13 +6,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from .parameters import Parameters, is_on_mesh
+from .parameters import Parameters, is_on_mesh, wrapped_by
 
 
 def why_not_summable(
     model: nn.Module, parameters: Parameters, group: dist.ProcessGroup, expert_group: dist.ProcessGroup | None
 ) -> str:
-    """The first thing that this rank sees to be wrong; empty if nothing is. The same on every rank, mostly."""
+    """The first thing that this rank sees to be wrong; empty if nothing is."""
     checks = (
         _wrapped(model),
         _averaged(model),
@@ -24,15 +24,13 @@ def why_not_summable(
 
 
 def _wrapped(model: nn.Module) -> str:
-    for place, module in model.named_modules():
-        kinds = {kind.__name__ for kind in type(module).__mro__}
-        for wrapper in ("DistributedDataParallel", "FullyShardedDataParallel"):
-            if wrapper in kinds:
-                return (
-                    f"{wrapper} around {place or 'the model'} reduces its gradients by itself, and sums would be "
-                    "summed again; use one of the two (with DistributedDataParallel, sum those of experts alone: "
-                    "sum_gradients(moe.experts, group=...) over the ranks that hold the same)"
-                )
+    for wrapper in ("DistributedDataParallel", "FullyShardedDataParallel"):
+        if place := wrapped_by(wrapper, model):
+            return (
+                f"{wrapper} around {place} reduces its gradients by itself, and sums would be summed again; use one "
+                "of the two (copies of experts that it leaves alone are summed by sum_gradients(moe.experts, group=...) "
+                "over the ranks that hold them)"
+            )
     return ""
 
 

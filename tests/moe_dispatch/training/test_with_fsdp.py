@@ -7,14 +7,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 from moe_dispatch import clip_grad_norm, sum_gradients
 from moe_dispatch.testing import RankPool
 from tests.support.dispatch.training import LAYOUTS, Layout, Model
-from tests.support.ranks import world
+from tests.support.ranks import refusal, world
 from tests.support.tensors import TOLERANCE, difference, grad_of
 
 
@@ -105,6 +105,21 @@ def test_a_gradient_sharded_over_two_dimensions_counts_once(rank_pool: RankPool)
     for placements, norm, wanted in rank_pool.run(sharded_twice, 4):
         assert "_StridedShard" in placements
         assert norm == pytest.approx(wanted, rel=1e-6)
+
+
+def with_fsdp1(rank: int) -> tuple[str, str]:
+    model = nn.Sequential(nn.Linear(2, 2), FullyShardedDataParallel(nn.Linear(2, 2), device_id=torch.device("cpu")))
+    return refusal(lambda: clip_grad_norm(model, 1.0)), refusal(lambda: sum_gradients(model, group=world()))
+
+
+def test_fsdp1_is_refused_as_its_pieces_look_like_whole_parameters(rank_pool: RankPool) -> None:
+    clip = (
+        "FullyShardedDataParallel around 1 holds pieces of parameters as ordinary tensors, of which nobody can tell "
+        "that they are pieces; use FSDP2 (fully_shard)"
+    )
+    for of_clip, of_sums in rank_pool.run(with_fsdp1, 2):
+        assert of_clip == clip
+        assert of_sums.startswith("rank 0: FullyShardedDataParallel around 1 reduces its gradients by itself, and ")
 
 
 def torch_alone(rank: int) -> str:
