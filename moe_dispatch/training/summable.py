@@ -28,8 +28,8 @@ def _wrapped(model: nn.Module) -> str:
         if place := wrapped_by(wrapper, model):
             return (
                 f"{wrapper} around {place} reduces its gradients by itself, and sums would be summed again; use one "
-                "of the two (copies of experts that it leaves alone are summed by sum_gradients(moe.experts, group=...) "
-                "over the ranks that hold them)"
+                "of the two (copies of experts that it leaves alone: sum_gradients(moe.experts, group=...) over the "
+                "ranks that hold them)"
             )
     return ""
 
