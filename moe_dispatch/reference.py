@@ -27,14 +27,24 @@ class ReferenceMoE(nn.Module):
         self.router, self.experts, self.shared = router, experts, shared
         self.load_E = [0] * router.num_experts
 
-    def forward(self, x_BLD: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, L, D) tokens -> (B, L, D) output and (B, L, E) scores."""
+    def forward(
+        self, x_BLD: Tensor, *, real_BL: Tensor | None = None, expert_BLK: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(B, L, D) tokens -> (B, L, D) output and (B, L, E) scores; 0 where ``real_BL`` is False. ``expert_BLK``
+        takes the place of the router's choice."""
         gates, ups, downs = (p.unbind(0) for p in (self.experts.gate_eDF, self.experts.up_eDF, self.experts.down_eFD))
         outputs, all_scores = [], []
-        for x_D in x_BLD.flatten(0, 1).unbind(0):
+        for token, x_D in enumerate(x_BLD.flatten(0, 1).unbind(0)):
+            if real_BL is not None and not real_BL.flatten()[token]:
+                all_scores.append(self.router.weight_ED.new_zeros(self.router.num_experts))
+                outputs.append(torch.zeros_like(x_D))
+                continue
             scores_E = token_scores(x_D, self.router)
             all_scores.append(scores_E)
-            chosen = token_experts(scores_E, self.router)
+            if expert_BLK is None:
+                chosen = token_experts(scores_E, self.router)
+            else:
+                chosen = [expert for expert in expert_BLK.flatten(0, 1)[token].tolist() if expert >= 0]
             y_D = torch.zeros_like(x_D)
             for expert, weight in zip(chosen, token_weights(scores_E, chosen, self.router), strict=True):
                 hidden_F = x_D @ gates[expert]
@@ -46,7 +56,10 @@ class ReferenceMoE(nn.Module):
             return x_BLD * 1, x_BLD.new_zeros(*x_BLD.shape[:2], self.router.num_experts)
         y_BLD = torch.stack(outputs).view_as(x_BLD)
         if self.shared is not None:
-            y_BLD = y_BLD + self.shared(x_BLD)
+            shared_BLD = self.shared(x_BLD)
+            if real_BL is not None:
+                shared_BLD = torch.where(real_BL.unsqueeze(-1), shared_BLD, 0.0)
+            y_BLD = y_BLD + shared_BLD
         return y_BLD, torch.stack(all_scores).view(*x_BLD.shape[:2], -1)
 
     def update_bias(self, rate: float) -> None:
@@ -93,7 +106,10 @@ def reference_balance_loss(scores_BLE: Tensor, top_k: int) -> Tensor:
     """Mean over the sequences of ``sum_i f_i P_i`` (DeepSeek-V3, equations 17 to 20), one token at a time."""
     losses = []
     for scores_LE in scores_BLE.unbind(0):
+        scores_LE = scores_LE[[bool(scores_E.any()) for scores_E in scores_LE]]
         length, num_experts = scores_LE.shape
+        if not length:
+            continue
         counts = [0] * num_experts
         probability_E = scores_LE.new_zeros(num_experts)
         for scores_E in scores_LE.unbind(0):

@@ -20,6 +20,7 @@ from ..wire.policies import unseen_by_policies
 from ..wire.uncompiled import uncompiled
 from .balance import sum_counts
 from .experts import GroupedExperts
+from .given import Given
 from .recompute import ForwardMemory, in_backward
 from .router import TopKRouter
 from .training_pass import only_learns_shapes
@@ -86,7 +87,14 @@ class MoE(nn.Module):
         self._plans: ForwardMemory[Plan] = ForwardMemory()
 
     @uncompiled("the rows of each batch would be another graph; compile what is around MoE layers")
-    def forward(self, x_BlD: Tensor, *, sharding: TokenSharding) -> tuple[Tensor, Tensor]:
+    def forward(
+        self,
+        x_BlD: Tensor,
+        *,
+        sharding: TokenSharding,
+        real_Bl: Tensor | None = None,
+        expert_BlK: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """The layer's output and the router's scores.
 
         Three collectives forward and two backward; six and four with :class:`NodeGroups`. Inside
@@ -96,31 +104,40 @@ class MoE(nn.Module):
         Args:
             x_BlD: (b, l, D), or (l, b, D), this rank's tokens.
             sharding: the tokens that the group holds.
+            real_Bl: (b, l), or (l, b), bool, False at padding, e.g. ``batch.real_Bl``; all are real if left out.
+                Padding may hold anything, NaN too. It goes to no expert, counts nowhere, has output and scores 0, and
+                its gradient is 0.
+            expert_BlK: (b, l, K), or (l, b, K), int64 or int32: the experts of each token, decided elsewhere (to
+                replay the routing of an inference engine, say); the router's choice if left out. -1 means no expert.
+                Their weights are those of the router's scores.
 
         Returns:
             ``y_BlD``, like ``x_BlD``, and ``scores_BlE``, from which :func:`sequence_balance_loss` makes its loss.
 
         Raises:
-            ValueError: the same on every rank of the group, naming the rank at fault: an ``x_BlD`` of the wrong shape
-                or dtype, a NaN in the routing weights, ranks that disagree about the sharding or about what needs a
-                gradient.
+            ValueError: the same on every rank of the group, naming the rank at fault: tensors of the wrong shape or
+                dtype, ids outside the experts, a NaN in the routing weights, ranks that disagree about the sharding
+                or about what needs a gradient.
         """
         check_not_averaged(self.experts, self.group)  # all ranks see it, so none of them is in a collective
-        self._check_tokens(x_BlD, sharding)
+        given = Given(x_BlD=x_BlD, sharding=sharding, real_Bl=real_Bl, expert_BlK=expert_BlK)
+        self._check(given)
         self._leave_meta(x_BlD.device)
+        x_BlD = given.real(x_BlD)
         scores_BlE = self.router(x_BlD)
         # A rank that takes no part in backward would leave its peers waiting there.
         of_rows = torch.is_grad_enabled() and (x_BlD.requires_grad or scores_BlE.requires_grad)
         of_experts = torch.is_grad_enabled() and any(w.requires_grad for w in self.experts.parameters())
         also = f"gradients of tokens or weights {of_rows}, of experts {of_experts}"
         terms = self._terms(sharding, x_BlD.dtype, also)
-        plan = self._plans.recall(lambda: self._plan(scores_BlE.detach(), terms))
+        plan = self._plans.recall(lambda: self._plan(scores_BlE.detach(), given, terms))
         weight_BlK = self.router.weigh(scores_BlE, plan.expert_BlK)
         rows = start_dispatch(x_BlD, weight_BlK, plan)
         shared_BlD = None if self.shared is None else self.shared(x_BlD)  # while the rows are on their way
         x_MD, weight_M = rows.finish()
         y_BlD = combine(self.experts(x_MD, plan.rows_per_expert_e, weight_M), plan)
-        return y_BlD if shared_BlD is None else y_BlD + shared_BlD, scores_BlE
+        y_BlD = y_BlD if shared_BlD is None else y_BlD + shared_BlD
+        return given.real(y_BlD), given.real(scores_BlE)
 
     def check(self) -> None:
         """Raise if a plan since the last call was wrong in a way that only the device knew: sizes of a
@@ -171,11 +188,12 @@ class MoE(nn.Module):
         self.load_E.zero_()
 
     @unseen_by_policies
-    def _plan(self, scores_BlE: Tensor, terms: Terms) -> Plan:
-        expert_BlK = self.router.choose(scores_BlE)
+    def _plan(self, scores_BlE: Tensor, given: Given, terms: Terms) -> Plan:
+        expert_BlK = given.choices(self.router, scores_BlE)
         in_step = not (self.training and only_learns_shapes())
         # Where a pass only learns shapes, NaN is nobody's mistake.
-        checked_BlK = self.router.weigh(scores_BlE, expert_BlK) if in_step else None
+        in_range_BlK = expert_BlK.clamp(max=self.partition.total - 1)  # the plan refuses others, on every rank
+        checked_BlK = self.router.weigh(scores_BlE, in_range_BlK) if in_step else None
         plan = self.planner.plan(expert_BlK, checked_BlK, terms, self.group)
         plan.add_report(self.report)
         if self.training and in_step and not in_backward():
@@ -187,20 +205,16 @@ class MoE(nn.Module):
     def _terms(self, sharding: TokenSharding, dtype: torch.dtype | None = None, also: str = "") -> Terms:
         return Terms(sharding=sharding, experts=self.partition, dim=self.router.dim, dtype=dtype, also=also)
 
-    def _check_tokens(self, x_BlD: Tensor, sharding: TokenSharding) -> None:
+    def _check(self, given: Given) -> None:
         """Raise on every rank unless the tokens are this rank's shard, and its experts can have gradients."""
-        terms = self._terms(sharding)
+        terms = self._terms(given.sharding)
         terms.check(self.group)
-        shape, problem = (*sharding.local_shape(self.group.rank()), self.router.dim), ""
-        if tuple(x_BlD.shape) != shape or not x_BlD.is_floating_point():
-            problem = (
-                f"x is {tuple(x_BlD.shape)} of {x_BlD.dtype}; its shard in order {sharding.order!r} is {shape}, of a "
-                "floating-point dtype: pass the tokens that the sharding gives this rank"
-            )
-        elif not self.experts.num_experts and torch.is_grad_enabled() and is_sharded(self.experts):
+        problem = given.problem(self.group.rank(), self.router)
+        if not problem and not self.experts.num_experts and torch.is_grad_enabled() and is_sharded(self.experts):
             problem = (
                 "FSDP2 shards the experts of this rank, which holds none, and cannot reduce gradients without "
                 "elements; call fully_shard(experts) only where experts.num_experts is not 0"
             )
         if problem:
-            self.planner.refuse(problem, terms, self.group, num_choices=self.router.top_k, device=x_BlD.device)
+            device = given.x_BlD.device
+            self.planner.refuse(problem, terms, self.group, num_choices=self.router.top_k, device=device)

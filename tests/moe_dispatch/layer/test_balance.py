@@ -126,7 +126,7 @@ def test_the_shares_sum_to_the_loss_of_one_process(case: Case, rank_threads: Ran
     loss, gradient = formula(scores_BLE, TOP_K)
     assert torch.stack(shares).sum().item() == pytest.approx(loss, rel=1e-12)
     torch.testing.assert_close(grad_BLE, torch.tensor(gradient, dtype=torch.float64), rtol=1e-12, atol=1e-12)
-    of_each_rank = [(rank, (sum(case.batch), EXPERTS)) for rank in range(case.ranks)]
+    of_each_rank = [(rank, (sum(case.batch), EXPERTS + 1)) for rank in range(case.ranks)]
     assert sorted(sums) == (of_each_rank if case.ranks > 1 else [])
 
 

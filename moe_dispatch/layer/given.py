@@ -1,0 +1,53 @@
+"""What one call of a layer is given: tokens, which of them are padding, and choices made elsewhere."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..layout.sharding import TokenSharding
+from .router import TopKRouter
+
+ID_DTYPES = (torch.int64, torch.int32)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Given:
+    """Arguments of :meth:`MoE.forward`, as the caller passed them."""
+
+    x_BlD: Tensor
+    sharding: TokenSharding
+    real_Bl: Tensor | None
+    expert_BlK: Tensor | None
+
+    def problem(self, rank: int, router: TopKRouter) -> str:
+        """What is wrong with them on ``rank``; empty where nothing is."""
+        x_BlD, shape = self.x_BlD, (*self.sharding.local_shape(rank), router.dim)
+        if tuple(x_BlD.shape) != shape or not x_BlD.is_floating_point():
+            return (
+                f"x is {tuple(x_BlD.shape)} of {x_BlD.dtype}; its shard in order {self.sharding.order!r} is {shape}, "
+                "of a floating-point dtype: pass the tokens that the sharding gives this rank"
+            )
+        wanted = {"real_Bl": (shape[:2], (torch.bool,)), "expert_BlK": ((*shape[:2], router.top_k), ID_DTYPES)}
+        for name, (of_shape, dtypes) in wanted.items():
+            tensor: Tensor | None = getattr(self, name)
+            if tensor is not None and (tuple(tensor.shape) != of_shape or tensor.dtype not in dtypes):
+                kinds = " or ".join(map(str, dtypes))
+                return (
+                    f"{name} is {tuple(tensor.shape)} of {tensor.dtype}; for these tokens it has to be {of_shape} of "
+                    f"{kinds}"
+                )
+            if tensor is not None and tensor.device != x_BlD.device:
+                return f"{name} is on {tensor.device}, but x on {x_BlD.device}; move it there"
+        return ""
+
+    def real(self, of_tokens: Tensor) -> Tensor:
+        """(b, l, ...) with 0 at padding, whatever was there, and no gradient there."""
+        if self.real_Bl is None:
+            return of_tokens
+        return of_tokens.masked_fill(~self.real_Bl.unsqueeze(-1), 0)
+
+    def choices(self, router: TopKRouter, scores_BlE: Tensor) -> Tensor:
+        """(b, l, K) int64: the given ids, or the router's; "no expert" (-1) at padding."""
+        chosen_BlK = router.choose(scores_BlE) if self.expert_BlK is None else self.expert_BlK.to(torch.int64)
+        return chosen_BlK if self.real_Bl is None else chosen_BlK.masked_fill(~self.real_Bl.unsqueeze(-1), -1)
