@@ -3,7 +3,7 @@
 from .wire.agreement import BAD, Statement, digest
 from .wire.autocast import cast_to_autocast, without_autocast
 from .wire.exchange import check_group, check_is_group, start_exchange
-from .wire.group_copy import copy_in_group
+from .wire.group_copy import copy_in_group, state_without_group
 from .wire.policies import unseen_by_policies
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "copy_in_group",
     "digest",
     "start_exchange",
+    "state_without_group",
     "unseen_by_policies",
     "without_autocast",
 ]

@@ -15,7 +15,7 @@ from ..plan.terms import Terms, check_experts
 from ..rows.combine import combine
 from ..rows.dispatch import start_dispatch
 from ..wire.exchange import check_group
-from ..wire.group_copy import copy_in_group
+from ..wire.group_copy import copy_in_group, state_without_group
 from ..wire.policies import unseen_by_policies
 from ..wire.uncompiled import uncompiled
 from .balance import sum_counts
@@ -173,6 +173,11 @@ class MoE(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """A copy in the same process group."""
         return copy_in_group(self, memo)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the group, for ``torch.save(module)``: set ``group`` after loading, and the planner if it is
+        :class:`NodeGroups`, which no file takes."""
+        return state_without_group(self)
 
     @torch.no_grad()
     def update_bias(self, rate: float, group: dist.ProcessGroup) -> None:

@@ -113,6 +113,12 @@ class NodeGroups:
         """This rank's number among all."""
         return self.inter.rank() * self.intra.size() + self.intra.rank()
 
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "NodeGroups hold process groups, which no file can hold; set planner = Counted() on the layer before it "
+            "is saved, and NodeGroups again after it is loaded"
+        )
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "NodeGroups":
         """Itself: a process group cannot be copied, and a copied layer stays in its groups."""
         return self

@@ -6,14 +6,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moe_dispatch import Partition, TokenSharding
-from moe_dispatch.internals import copy_in_group
+from moe_dispatch.internals import copy_in_group, state_without_group
 
 from .ulysses import Attend, ulysses_attention
 
 
 class UlyssesAttention(nn.Module):
     """:func:`ulysses_attention` with the choices that do not change from call to call. It has no parameters and no
-    state but those of an ``attend`` that is a module. A deep copy is in the same process group.
+    state but those of an ``attend`` that is a module. A deep copy is in the same process group. A file of the whole
+    module has no group: set ``group`` after loading.
 
     Args:
         group, heads, attend, is_causal, window, scale, dropout_p: as there. Dropout is off in eval mode.
@@ -82,6 +83,10 @@ class UlyssesAttention(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return copy_in_group(self, memo)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the group, for ``torch.save(module)``: set ``group`` after loading."""
+        return state_without_group(self)
 
     def extra_repr(self) -> str:
         return f"is_causal={self.is_causal}, window={self.window}, scale={self.scale}, dropout_p={self.dropout_p}"
