@@ -42,15 +42,19 @@ def reference_attention(
         dropout_p: the fraction that dropout drops.
 
     Returns:
-        (B, L, N, Hv). A query with nothing to attend to gives 0. Keys and values that nothing may attend to, and
-        queries at padding, may hold anything: NaN there reaches no result and no gradient.
+        (B, L, N, Hv). A query with nothing to attend to gives 0. It may hold anything, as may keys and values at
+        padding and tokens in no document: NaN there reaches no result and no gradient. NaN of a query at
+        ``key_padding_mask``, if L = L_kv, shows in its own output and nowhere else.
     """
     queries, keys = q_BLNH.shape[1], k_BLGH.shape[1]
     document_of_token = documents_of_tokens(queries, cu_seqlens, cu_seqlens_padded)
     seen_LL = pairs_seen(queries, keys, is_causal, window, document_of_token).to(q_BLNH.device)
     seen_BNLL = seen_LL[None, None]
+    lost_BLN1 = torch.zeros((), dtype=torch.bool, device=q_BLNH.device)
     if key_padding_mask is not None:
         seen_BNLL = seen_BNLL & key_padding_mask[:, None, None, :]
+        if queries == keys:
+            lost_BLN1 = ~key_padding_mask[:, :, None, None] & ~torch.isfinite(q_BLNH).all(-1, keepdim=True)
         k_BLGH, v_BLGH = (torch.where(key_padding_mask[:, :, None, None], x, 0.0) for x in (k_BLGH, v_BLGH))
     if cu_seqlens is not None:
         real_L = torch.tensor([document >= 0 for document in document_of_token], device=q_BLNH.device)
@@ -61,10 +65,13 @@ def reference_attention(
         seen_BNLL = seen_BNLL & open_BNLL
         if attn_mask.dtype != torch.bool:
             added_BNLL = torch.where(open_BNLL, attn_mask, 0.0).to(q_BLNH.dtype)
+    sees_BLN1 = seen_BNLL.any(-1).transpose(1, 2).unsqueeze(-1)
+    q_BLNH = torch.where(sees_BLN1 & ~lost_BLN1, q_BLNH, 0.0)
     weight_BNLL = weights(q_BLNH, k_BLGH, added_BNLL, seen_BNLL, scale, sinks_N)
     if keep_BNLL is not None:
         weight_BNLL = torch.where(keep_BNLL, weight_BNLL, 0.0) / (1 - dropout_p)
-    return torch.einsum("bnqk,bknh->bqnh", weight_BNLL, per_query_head(v_BLGH, q_BLNH.shape[2]))
+    out_BLNH = torch.einsum("bnqk,bknh->bqnh", weight_BNLL, per_query_head(v_BLGH, q_BLNH.shape[2]))
+    return torch.where(lost_BLN1 & sees_BLN1, torch.nan, out_BLNH)
 
 
 def pairs_seen(

@@ -9,7 +9,7 @@ from moe_dispatch.internals import cast_to_autocast, without_autocast
 
 from ..dtypes import dtype_of_sums
 from .dropout import Dropout
-from .masks import MergedMask, without_padding
+from .masks import MergedMask, with_lost_queries, without_padding
 
 CPU_ALIGNMENT_BYTES = 64
 
@@ -37,18 +37,20 @@ def scaled_dot_product(
         window: (left, right) keys before and after the query's own place, -1 for any; aligned as ``is_causal``.
         scale: of the products, default H ** -0.5.
         attn_mask: broadcasts to (B, n, Lq, Lk); bool (True attends), or added to the products.
-        key_padding_mask: (B, Lk), True attends. Keys and values elsewhere may hold anything, NaN too.
+        key_padding_mask: (B, Lk), True attends. Keys and values elsewhere may hold anything, NaN too. So may queries
+            there, if Lq = Lk: a NaN of theirs is in their own output only, and in no gradient.
         sinks_n: (n,) a logit per head that takes weight and has no value.
         dropout: of the weights.
         first_head: for an ``attend`` that hands on all that it was told. Heads are alike here, so it changes nothing.
 
     Returns:
-        (B, Lq, n, Hv), in the dtype of autocast where that is on. A query with nothing to attend to gives 0.
+        (B, Lq, n, Hv), in the dtype of autocast where that is on. A query with nothing to attend to gives 0,
+        whatever it holds.
     """
     # ulysses_attention has cast before it sends. This is for a caller of this function alone: masks and the softmax
     # by hand need the dtype before torch's own function would cast.
     q_BLnH, k_BLgH, v_BLgH = (cast_to_autocast(x) for x in (q_BLnH, k_BLgH, v_BLgH))
-    k_BLgH, v_BLgH = without_padding(k_BLgH, v_BLgH, key_padding_mask)
+    q_BLnH, k_BLgH, v_BLgH, lost_BLn1 = without_padding(q_BLnH, k_BLgH, v_BLgH, key_padding_mask)
     factor = q_BLnH.shape[3] ** -0.5 if scale is None else scale  # before the width is padded
     q_BnLH, k_BgLH, v_BgLH = (_heads_first(x) for x in (q_BLnH, k_BLgH, v_BLgH))
     lengths = (q_BnLH.shape[2], k_BgLH.shape[2])
@@ -60,6 +62,7 @@ def scaled_dot_product(
         )
         return _tokens_first(out_BnLH, v_BLgH.shape[3])
     mask = MergedMask.of(lengths, is_causal, window, attn_mask, key_padding_mask, q_BLnH)
+    q_BnLH = q_BnLH.masked_fill(mask.closed, 0.0)  # its gradient is 0, which times NaN would be NaN
     if sinks_n is None and dropout is None:
         out_BnLH = F.scaled_dot_product_attention(
             q_BnLH, k_BgLH, v_BgLH, attn_mask=mask.values, scale=factor, enable_gqa=True
@@ -67,7 +70,8 @@ def scaled_dot_product(
     else:
         with without_autocast(q_BnLH):
             out_BnLH = _softmax_by_hand(q_BnLH, k_BgLH, v_BgLH, mask, factor, sinks_n, dropout)
-    return _tokens_first(out_BnLH.masked_fill(mask.closed, 0.0), v_BLgH.shape[3])
+    out_BLnH = _tokens_first(out_BnLH.masked_fill(mask.closed, 0.0), v_BLgH.shape[3])
+    return with_lost_queries(out_BLnH, lost_BLn1)
 
 
 def _heads_first(x_BLnH: Tensor) -> Tensor:

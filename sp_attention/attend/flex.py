@@ -10,7 +10,7 @@ from torch.nn.attention.flex_attention import and_masks, create_block_mask, flex
 from moe_dispatch.internals import without_autocast
 
 from ..dtypes import dtype_of_sums
-from .masks import sides_of, without_padding
+from .masks import sides_of, with_lost_queries, without_padding
 
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -53,7 +53,7 @@ def flex_attend(
         first_head: int = 0,
     ) -> Tensor:
         """See :func:`flex_attend`; ``first_head`` is the global number of the first head at hand."""
-        k_BLgH, v_BLgH = without_padding(k_BLgH, v_BLgH, key_padding_mask)
+        q_BLnH, k_BLgH, v_BLgH, lost_BLn1 = without_padding(q_BLnH, k_BLgH, v_BLgH, key_padding_mask)
         q_BnLH, k_BgLH, v_BgLH = (rearrange(x, "b l n h -> b n l h") for x in (q_BLnH, k_BLgH, v_BLgH))
         shape = (q_BnLH.shape[0], q_BnLH.shape[1], q_BnLH.shape[2], k_BgLH.shape[2])
         masks = _masks_of_call(shape, is_causal, window, key_padding_mask, attn_mask)
@@ -72,7 +72,7 @@ def flex_attend(
             out_BnLH = attention(
                 q_BnLH, k_BgLH, v_BgLH, score_mod=score, block_mask=block_mask, scale=scale, enable_gqa=True
             )
-        return rearrange(out_BnLH, "b n l h -> b l n h")
+        return with_lost_queries(rearrange(out_BnLH, "b n l h -> b l n h"), lost_BLn1)
 
     return attend
 
@@ -121,15 +121,19 @@ def _attend_on_whole_tensors(
     q_BnLH: Tensor, k_BgLH: Tensor, v_BgLH: Tensor, score: ScoreMod, mask: MaskMod | None, scale: float | None
 ) -> Tensor:
     """What flex_attention computes, with a gradient on any device; in float32, or float64 for float64."""
-    dtype = dtype_of_sums(q_BnLH)
+    dtype, out_dtype = dtype_of_sums(q_BnLH), q_BnLH.dtype
     heads = q_BnLH.shape[1]
     k_BnLH, v_BnLH = (x.to(dtype).repeat_interleave(heads // x.shape[1], dim=1) for x in (k_BgLH, v_BgLH))
-    product_BnLL = q_BnLH.to(dtype) @ k_BnLH.mT * (q_BnLH.shape[3] ** -0.5 if scale is None else scale)
-    sizes = product_BnLL.shape
+    sizes = (*q_BnLH.shape[:3], k_BnLH.shape[2])
     index = [torch.arange(size, device=q_BnLH.device).view(-1, *(1,) * (3 - dim)) for dim, size in enumerate(sizes)]
+    open_BnLL = None if mask is None else mask(*index)
+    q_BnLH = q_BnLH.to(dtype)
+    if open_BnLL is not None:  # the gradient of a query without a key is 0, which times NaN would be NaN
+        q_BnLH = q_BnLH.masked_fill(~open_BnLL.any(-1, keepdim=True), 0.0)
+    product_BnLL = q_BnLH @ k_BnLH.mT * (q_BnLH.shape[3] ** -0.5 if scale is None else scale)
     product_BnLL = score(product_BnLL, *index).to(dtype)
-    if mask is not None:
-        product_BnLL = product_BnLL.masked_fill(~mask(*index), -torch.inf)
+    if open_BnLL is not None:
+        product_BnLL = product_BnLL.masked_fill(~open_BnLL, -torch.inf)
     closed_BnL1 = (product_BnLL == -torch.inf).all(-1, keepdim=True)
     weight_BnLL = product_BnLL.masked_fill(closed_BnL1, 0.0).softmax(-1).masked_fill(closed_BnL1, 0.0)
-    return (weight_BnLL @ v_BnLH).to(q_BnLH.dtype)
+    return (weight_BnLL @ v_BnLH).to(out_dtype)

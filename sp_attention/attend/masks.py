@@ -72,9 +72,29 @@ def sides_of(is_causal: bool, window: tuple[int, int] | None) -> tuple[int, int]
     return left, 0 if is_causal else right
 
 
-def without_padding(k_BLgH: Tensor, v_BLgH: Tensor, key_padding_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Keys and values with 0 at padding. Padding may hold NaN, and a weight of 0 times NaN is NaN."""
+def without_padding(
+    q_BLnH: Tensor, k_BLgH: Tensor, v_BLgH: Tensor, key_padding_mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Keys and values with 0 at padding, and queries with 0 where one at padding is NaN or infinite: a weight or a
+    gradient of 0 times NaN is NaN, and would reach real tokens.
+
+    Returns:
+        The queries, keys and values, and where queries were replaced: (B, L, n, 1) bool for
+        :func:`with_lost_queries`; None where the mask tells of no query.
+    """
     if key_padding_mask is None:
-        return k_BLgH, v_BLgH
+        return q_BLnH, k_BLgH, v_BLgH, None
     away_BL11 = ~key_padding_mask[:, :, None, None]
-    return k_BLgH.masked_fill(away_BL11, 0.0), v_BLgH.masked_fill(away_BL11, 0.0)
+    k_BLgH, v_BLgH = k_BLgH.masked_fill(away_BL11, 0.0), v_BLgH.masked_fill(away_BL11, 0.0)
+    if q_BLnH.shape[1] != k_BLgH.shape[1]:
+        return q_BLnH, k_BLgH, v_BLgH, None
+    lost_BLn1 = away_BL11 & ~q_BLnH.isfinite().all(-1, keepdim=True)
+    return q_BLnH.masked_fill(lost_BLn1, 0.0), k_BLgH, v_BLgH, lost_BLn1
+
+
+def with_lost_queries(out_BLnH: Tensor, lost_BLn1: Tensor | None) -> Tensor:
+    """NaN where there was NaN, as its own output, and without a gradient. What is 0 had nothing to attend to, and
+    stays."""
+    if lost_BLn1 is None:
+        return out_BLnH
+    return out_BLnH.masked_fill(lost_BLn1 & (out_BLnH != 0).any(-1, keepdim=True), torch.nan)

@@ -81,7 +81,9 @@ def ulysses_attention(
         attn_mask: broadcasts to (B, N, L, L_kv), the same on every rank: bool (True attends), or added to the
             products (-inf does not attend; NaN gives NaN). Each rank's gradient of a learned one has its own heads,
             so sum it over the ranks.
-        key_padding_mask: (B, L_kv) bool, the same on every rank, True attends.
+        key_padding_mask: (B, L_kv) bool, the same on every rank, True attends. Keys and values elsewhere may hold
+            anything; so may queries there, if L = L_kv: a NaN of theirs is in their own output only, and in no
+            gradient.
         cu_seqlens: (documents + 1,) ints of any dtype, for B = 1: document i has ``diff(cu_seqlens)[i]`` real tokens
             and attends within itself. Pass it on the CPU: it is read there.
         cu_seqlens_padded: (documents + 1,) where each document starts in the packed sequence; ``cu_seqlens`` if left
