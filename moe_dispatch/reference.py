@@ -119,4 +119,4 @@ def reference_balance_loss(scores_BLE: Tensor, top_k: int) -> Tensor:
             probability_E = probability_E + scores_E / scores_E.sum() / length
         scale = num_experts / (top_k * max(length, 1))
         losses.append(sum(scale * count * probability_E[expert] for expert, count in enumerate(counts)))
-    return sum(losses, start=torch.zeros(())) / max(len(losses), 1)
+    return sum(losses, start=torch.zeros((), device=scores_BLE.device)) / max(len(losses), 1)

@@ -48,7 +48,7 @@ def reference_attention(
     """
     queries, keys = q_BLNH.shape[1], k_BLGH.shape[1]
     document_of_token = documents_of_tokens(queries, cu_seqlens, cu_seqlens_padded)
-    seen_LL = pairs_seen(queries, keys, is_causal, window, document_of_token).to(q_BLNH.device)
+    seen_LL = pairs_seen(queries, keys, is_causal, window, document_of_token, q_BLNH.device)
     seen_BNLL = seen_LL[None, None]
     lost_BLN1 = torch.zeros((), dtype=torch.bool, device=q_BLNH.device)
     if key_padding_mask is not None:
@@ -75,7 +75,12 @@ def reference_attention(
 
 
 def pairs_seen(
-    queries: int, keys: int, is_causal: bool, window: tuple[int, int] | None, document_of_token: list[int]
+    queries: int,
+    keys: int,
+    is_causal: bool,
+    window: tuple[int, int] | None,
+    document_of_token: list[int],
+    device: torch.device,
 ) -> Tensor:
     """(L, L_kv) bool, what the places alone allow, pair by pair."""
     left, right = window if window is not None else (-1, -1)
@@ -87,7 +92,7 @@ def pairs_seen(
             past = key <= place or not is_causal
             near = (left < 0 or key >= place - left) and (right < 0 or key <= place + right)
             seen[query][key] = same and past and near
-    return torch.tensor(seen, dtype=torch.bool).view(queries, keys)
+    return torch.tensor(seen, dtype=torch.bool, device=device).view(queries, keys)
 
 
 def documents_of_tokens(length: int, cu_seqlens: Tensor | None, cu_seqlens_padded: Tensor | None) -> list[int]:

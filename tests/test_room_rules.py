@@ -11,6 +11,7 @@ from tests.support.source import (
     imported_files,
     imports,
     index_arithmetic,
+    made_without_device,
     mutable_globals,
     of_torch_distributed,
     sources,
@@ -72,6 +73,9 @@ EVERY_LAYER = (
         (index_arithmetic, "a //= b", {"//"}),
         (index_arithmetic, "x.cumsum(0) + divmod(a, b)[0]", {"cumsum", "divmod"}),
         (index_arithmetic, "a + b * c / d", set()),
+        (made_without_device, "def f():\n    x = torch.zeros(2)\n    torch.ones(2, device=d)", {"f"}),
+        (made_without_device, "x = y.new_zeros(2) + torch.zeros_like(y)", set()),
+        (made_without_device, "x: T = field(default_factory=lambda: torch.tensor(1))", {""}),
         (mutable_globals, "a = []\nb: dict[int, int] = {}\nc = (1, 2)\nd = list(c)", {"a", "b", "d"}),
         (mutable_globals, "a = weakref.WeakKeyDictionary()\nb = [1] * 3\nc = {1} | {2}", {"a", "b", "c"}),
         (mutable_globals, "def f():\n    global cache\n    cache = 1\n    local = []", {"cache"}),
@@ -177,6 +181,19 @@ def test_the_library_needs_no_extras() -> None:
     optional = {"pydantic", "rich", "matplotlib", "numpy", "pytest", "triton"}
     for name, source in LIBRARY.items():
         assert {part.split(".")[0] for part in imports(source)} & optional == set(), name
+
+
+def test_tensors_are_made_where_inputs_are() -> None:
+    """Parameters and buffers of a module are made on the default device, as torch's own modules do."""
+    scope = LIBRARY | {name: source for name, source in FILES.items() if name.endswith("/reference.py")}
+    scope |= {name: source for name, source in FILES.items() if name.startswith(TOOLS[1])}
+    found = {(name, function) for name, source in scope.items() for function in made_without_device(source)}
+    assert found == {
+        ("moe_dispatch/layer/experts.py", "__init__"),
+        ("moe_dispatch/layer/moe.py", "__init__"),
+        ("moe_dispatch/layer/router.py", "__init__"),
+        *((f"moe_dispatch/plan/{planner}.py", "new_report") for planner in ("counted", "hierarchical", "static")),
+    }
 
 
 # ---- state ---------------------------------------------------------------------------------------------

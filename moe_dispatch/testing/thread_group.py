@@ -125,7 +125,7 @@ class ThreadGroup(dist.ProcessGroup):
         return copies * self.size()
 
     def _to_none(self, _: object = None) -> list[Tensor]:
-        return [torch.empty(0)] * self.size()
+        return [torch.empty(0, device="cpu")] * self.size()
 
     def _at(self, root: int, x: Tensor) -> list[Tensor]:
         """``x`` for one rank of the group, and nothing for the others."""

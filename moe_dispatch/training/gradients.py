@@ -86,7 +86,7 @@ def _sum(parameters: Sequence[nn.Parameter], group: dist.ProcessGroup, same_ever
             if weight.grad is None:
                 weight.grad = torch.zeros_like(weight)
             gradients.append(weight.grad)
-    room = torch.empty(0)
+    room = torch.empty(0, device="cpu")
     for bucket in buckets(gradients):
         room = sum_bucket(bucket, room, group)
 

@@ -77,7 +77,7 @@ def compare_tables(tables: Sequence[Table], *, problem: str, remedy: str, group:
             len(text),
         )
     ]
-    words_PX4 = from_every_rank(torch.tensor(words), [len(words)] * group.size(), device, group)
+    words_PX4 = from_every_rank(torch.tensor(words, device="cpu"), [len(words)] * group.size(), device, group)
     words_PX4 = [mine.view(-1, 4).tolist() for mine in words_PX4]
     if any(digest == BAD for words_X4 in words_PX4 for _, digest, _, _ in words_X4):
         Statement("", problem).raise_on_every_rank(device=device, group=group)

@@ -107,7 +107,9 @@ def _check(
     remedy = "build experts of one width and dtype on all ranks"
     compare_tables([Table(lines=lines)], problem=problem, remedy=remedy, group=group)
     ones = [1] * group.size()
-    return [bool(said) for said in from_every_rank(torch.tensor([int(keep)]), ones, device_of(group), group)]
+    return [
+        bool(said) for said in from_every_rank(torch.tensor([int(keep)], device="cpu"), ones, device_of(group), group)
+    ]
 
 
 def _gather(x_e: Tensor, moe: MoE, keeps: Sequence[bool]) -> Tensor:

@@ -109,7 +109,7 @@ def exchange_texts(
 ) -> list[tuple[bool, str]]:
     """What each rank says: (is it a problem, the text), in rank order."""
     text = (problem or facts or "nothing to say").encode()[: TEXT_BYTES - 1]
-    line = torch.zeros(TEXT_BYTES, dtype=torch.uint8)
+    line = torch.zeros(TEXT_BYTES, dtype=torch.uint8, device="cpu")
     line[0] = bool(problem)
     line[1 : len(text) + 1] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
     counts = (TEXT_BYTES,) * group.size()

@@ -29,7 +29,7 @@ class Dropout:
     """
 
     p: float
-    seed: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64), repr=False)
+    seed: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64, device="cpu"), repr=False)
     first_head: int = 0
     first_query: int = 0
     first_key: int = 0

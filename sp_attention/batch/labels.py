@@ -43,7 +43,7 @@ def shift_labels(
     batch, length = label_BL.shape
     mask = BatchMask.of(attention_mask, (batch, length))
     documents = documents_of(cu_seqlens, cu_seqlens_padded, (batch, length))
-    document_BL = document_of_place((batch, length), mask, documents).to(label_BL.device)
+    document_BL = document_of_place((batch, length), mask, documents, label_BL.device)
     ends_BL = (document_BL[:, 1:] != document_BL[:, :-1]) | (document_BL[:, 1:] < 0)
     target_BL = torch.full_like(label_BL, ignore_index, dtype=torch.int64)
     target_BL[:, :-1] = label_BL[:, 1:].to(torch.int64).masked_fill(ends_BL, ignore_index)
@@ -61,22 +61,24 @@ def documents_of(
     return documents
 
 
-def document_of_place(shape: tuple[int, int], mask: BatchMask, documents: Documents | None) -> Tensor:
+def document_of_place(
+    shape: tuple[int, int], mask: BatchMask, documents: Documents | None, device: torch.device
+) -> Tensor:
     """(B, L) int64: the number of each token's document (0 if there is one per row), -1 at padding."""
-    document_L = torch.full((shape[1],), 0 if documents is None else -1)
+    # On the CPU, then one copy, however many documents there are.
+    document_L = torch.full((shape[1],), 0 if documents is None else -1, device="cpu")
     for number, (start, end) in enumerate(documents.spans if documents else ()):
         document_L[start:end] = number
-    if mask.real_BL is None:
-        return document_L.expand(shape)
-    return document_L.to(mask.real_BL.device).expand(shape).masked_fill(~mask.real_BL, -1)
+    document_BL = document_L.to(device).expand(shape)
+    return document_BL if mask.real_BL is None else document_BL.masked_fill(~mask.real_BL.to(device), -1)
 
 
-def default_positions(length: int, documents: Documents | None) -> Tensor:
+def default_positions(length: int, documents: Documents | None, device: torch.device) -> Tensor:
     """(L,) int64: the position id of each place. It counts from the start of the document, or of the sequence where
     there are no documents; 0 at padding."""
     if documents is None:
-        return torch.arange(length)
-    position_L = torch.zeros(length, dtype=torch.int64)
+        return torch.arange(length, device=device)
+    position_L = torch.zeros(length, dtype=torch.int64, device="cpu")
     for start, end in documents.spans:
-        position_L[start:end] = torch.arange(end - start)
-    return position_L
+        position_L[start:end] = torch.arange(end - start, device="cpu")
+    return position_L.to(device)

@@ -86,7 +86,7 @@ class CompletedBatch:
         check_shapes(batch, shape)
         mask = BatchMask.of(batch.attention_mask, shape)
         documents = documents_of(batch.cu_seqlens, batch.cu_seqlens_padded, shape)
-        real_BL = (document_of_place(shape, mask, documents) >= 0).to(batch.token_BL.device)
+        real_BL = document_of_place(shape, mask, documents, batch.token_BL.device) >= 0
         target_BL = batch.target_BL
         if target_BL is None:
             target_BL = shift_labels(
@@ -127,7 +127,7 @@ class CompletedBatch:
     def part(self, batch: Batch, sharding: TokenSharding, rank: int) -> ShardedBatch:
         """What of it is ``rank``'s."""
         if self.position_BL is None:
-            position_L = default_positions(sharding.seq.total, self.documents).to(self.token_BL.device)
+            position_L = default_positions(sharding.seq.total, self.documents, self.token_BL.device)
             position_t = position_L[sharding.positions(rank, self.token_BL.device)]
             position_Bl = position_t.view(sharding.local_shape(rank))
         else:

@@ -86,6 +86,28 @@ def index_arithmetic(source: str) -> set[str]:
     return found
 
 
+def made_without_device(source: str) -> set[str]:
+    """The functions in which a call of torch makes a tensor on the default device; "" outside of functions."""
+    makers = {
+        "arange", "as_tensor", "asarray", "empty", "empty_strided", "eye", "full", "linspace", "logspace", "ones",
+        "rand", "randint", "randn", "randperm", "scalar_tensor", "tensor", "tril_indices", "triu_indices", "zeros",
+    }  # fmt: skip
+    found: set[str] = set()
+
+    def visit(node: ast.AST, function: str) -> None:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            function = node.name
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in makers:
+            of_torch = isinstance(node.func.value, ast.Name) and node.func.value.id == "torch"
+            if of_torch and "device" not in {keyword.arg for keyword in node.keywords}:
+                found.add(function)
+        for child in ast.iter_child_nodes(node):
+            visit(child, function)
+
+    visit(ast.parse(source), "")
+    return found
+
+
 def mutable_globals(source: str) -> set[str]:
     """Names bound to a list, dict, set or other container at module level, and names made global in functions."""
     tree = ast.parse(source)
