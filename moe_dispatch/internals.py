@@ -4,6 +4,7 @@ from .wire.agreement import BAD, Statement, digest
 from .wire.autocast import cast_to_autocast, without_autocast
 from .wire.exchange import check_group, check_is_group, start_exchange
 from .wire.group_copy import copy_in_group, state_without_group
+from .wire.local_tensors import is_dtensor, problem_of_dtensors
 from .wire.policies import unseen_by_policies
 
 __all__ = [
@@ -14,6 +15,8 @@ __all__ = [
     "check_is_group",
     "copy_in_group",
     "digest",
+    "is_dtensor",
+    "problem_of_dtensors",
     "start_exchange",
     "state_without_group",
     "unseen_by_policies",

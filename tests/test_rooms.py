@@ -113,6 +113,7 @@ import torch
 already = set(sys.modules)
 import moe_dispatch
 wanted = {"pydantic", "rich", "matplotlib", "pytest", "triton", "sp_attention", "moe_dispatch.testing"}
+wanted |= {"torch.distributed.tensor"}
 print(sorted(wanted & (set(sys.modules) - already)))
 print(torch.cuda.is_initialized(), torch.distributed.is_initialized())
 print([name for name in moe_dispatch.__all__ if not hasattr(moe_dispatch, name)])

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from ..layout.sharding import TokenSharding
+from ..plan.ids.format import ID_DTYPES
+from ..wire.local_tensors import problem_of_dtensors
 from .router import TopKRouter
-
-ID_DTYPES = (torch.int64, torch.int32)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -22,6 +22,8 @@ class Given:
 
     def problem(self, rank: int, router: TopKRouter) -> str:
         """What is wrong with them on ``rank``; empty where nothing is."""
+        if problem := problem_of_dtensors(x_BlD=self.x_BlD, real_Bl=self.real_Bl, expert_BlK=self.expert_BlK):
+            return problem
         x_BlD, shape = self.x_BlD, (*self.sharding.local_shape(rank), router.dim)
         if tuple(x_BlD.shape) != shape or not x_BlD.is_floating_point():
             return (

@@ -46,6 +46,7 @@ class Counted:
         if problem := problem_of_arguments(expert_BlK, weight_BlK, sharding, rank):
             num_choices, device = expected_message(expert_BlK, weight_BlK)
             self.refuse(problem, terms, group, num_choices=num_choices, device=device)
+        expert_BlK = expert_BlK.to(torch.int64)
         tokens = terms.tokens(rank, expert_BlK.shape[2], expert_BlK.device)
         id_tK, word = ids_and_word(expert_BlK, weight_BlK, tokens)
         exchange = IdsExchange.start(id_tK, word, tokens, group)
@@ -103,8 +104,8 @@ def plan_dispatch(
     """Plan which rows go where. One collective of known size, then one copy to the host: the only one of the layer.
 
     Args:
-        expert_BlK: (b, l, K), or (l, b, K), int64: the experts of each of this rank's tokens. -1 means no expert; an
-            expert named twice counts twice.
+        expert_BlK: (b, l, K), or (l, b, K), int64 or int32: the experts of each of this rank's tokens. -1 means no
+            expert; an expert named twice counts twice.
         dim: width D of the rows to move.
         sharding: the tokens that this group holds, one shard per rank, in the group's rank order.
         experts: the experts that each rank of the group holds.

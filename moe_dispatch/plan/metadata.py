@@ -33,7 +33,7 @@ class DispatchMetadata:
         group: the expert-parallel process group.
         rows_sent: rows for each rank, one per distinct (token, rank).
         rows_received: rows from each rank.
-        expert_BlK: the ids that the plan was made from. A plan made from them again equals this one.
+        expert_BlK: the ids that the plan was made from, as int64. A plan made from them again equals this one.
         rows_per_expert_e: how many rows each of this rank's experts got.
         token_of_row_M: global token of each row.
         received_of_row_M: received row that each row is a copy of.

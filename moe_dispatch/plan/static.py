@@ -113,6 +113,7 @@ class StaticSizes:
         if problem := problem_of_arguments(expert_BlK, weight_BlK, sharding, rank):
             num_choices, device = expected_message(expert_BlK, weight_BlK)
             self.refuse(problem, terms, group, num_choices=num_choices, device=device)
+        expert_BlK = expert_BlK.to(torch.int64)
         tokens = terms.tokens(rank, expert_BlK.shape[2], expert_BlK.device)
         id_tK, word = ids_and_word(expert_BlK, weight_BlK, tokens)
         exchange = IdsExchange.start(id_tK, word, tokens, group)

@@ -7,9 +7,11 @@ from torch import Tensor
 from ..plan.hierarchical import HierarchicalPlan
 from ..plan.metadata import DispatchMetadata
 from ..plan.planner import Plan
+from ..wire.local_tensors import problem_of_dtensors
 from ..wire.uncompiled import uncompiled
 from .functions import FinishCombine, StartCombine, StartCombineBetween, StartWeightedCombine
 from .row_exchange import RowExchange
+from .sums import SUMMED
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,7 +44,7 @@ def combine(y_MD: Tensor, metadata: Plan, weight_M: Tensor | None = None) -> Ten
         the node before; each is rounded once.
 
     Raises:
-        ValueError: a number of rows or weights that is not the plan's.
+        ValueError: a number of rows or weights that is not the plan's, or a dtype without sums (float8).
     """
     return start_combine(y_MD, metadata, weight_M).finish()
 
@@ -71,11 +73,18 @@ def _start_flat(y_MD: Tensor, metadata: DispatchMetadata, weight_M: Tensor | Non
 
 def _check_rows(y_MD: Tensor, metadata: Plan, weight_M: Tensor | None) -> None:
     """ValueError unless there is a row, and a weight if there are weights, for each row of the plan."""
+    if problem := problem_of_dtensors(y_MD=y_MD, weight_M=weight_M):
+        raise ValueError(f"rank {metadata.rank}: {problem}")
     num_rows = len(metadata.token_of_row_M)
     if y_MD.ndim != 2 or len(y_MD) != num_rows or not y_MD.is_floating_point():
         raise ValueError(
             f"rank {metadata.rank}: y is {tuple(y_MD.shape)} of {y_MD.dtype}, but the plan has {num_rows} rows; "
             "pass one floating-point row per row of dispatch, in its order"
+        )
+    if y_MD.dtype not in SUMMED:
+        raise ValueError(
+            f"rank {metadata.rank}: y is {y_MD.dtype}, in which there are no sums; pass it in torch.bfloat16 or a "
+            "wider dtype, whatever the dtype of the rows of dispatch"
         )
     if weight_M is not None and tuple(weight_M.shape) != (num_rows,):
         raise ValueError(

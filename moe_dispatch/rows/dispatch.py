@@ -2,14 +2,17 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ..plan.hierarchical import HierarchicalPlan
 from ..plan.planner import Plan
+from ..wire.local_tensors import problem_of_dtensors
 from ..wire.uncompiled import uncompiled
 from .buffer import RowFormat
 from .functions import FinishBetween, FinishDispatch, StartDispatch
 from .row_exchange import RowExchange
+from .sums import SUMMED
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -54,7 +57,8 @@ def dispatch(x_BlD: Tensor, weight_BlK: Tensor, metadata: Plan) -> tuple[Tensor,
     Raises:
         ValueError: a shape or dtype that does not fit the plan. Only this rank can see it, so it is raised here and
             not on its peers: pass ``weight_BlK`` to :func:`plan_dispatch`, and check the rest where all ranks take
-            the same path.
+            the same path. Or rows or weights in a dtype without sums (float8) that have a gradient; without one
+            they travel as they are.
     """
     return start_dispatch(x_BlD, weight_BlK, metadata).finish()
 
@@ -77,6 +81,8 @@ def start_dispatch(x_BlD: Tensor, weight_BlK: Tensor, metadata: Plan) -> Pending
 
 def _check_tokens(x_BlD: Tensor, weight_BlK: Tensor, metadata: Plan) -> None:
     """ValueError unless tokens and weights are those that the plan was made for."""
+    if problem := problem_of_dtensors(x_BlD=x_BlD, weight_BlK=weight_BlK):
+        raise ValueError(f"rank {metadata.rank}: {problem}")
     if tuple(x_BlD.shape) != metadata.local_shape or not x_BlD.is_floating_point():
         raise ValueError(
             f"rank {metadata.rank}: x is {tuple(x_BlD.shape)} of {x_BlD.dtype}, but the plan was made for "
@@ -86,4 +92,10 @@ def _check_tokens(x_BlD: Tensor, weight_BlK: Tensor, metadata: Plan) -> None:
         raise ValueError(
             f"rank {metadata.rank}: weights are {tuple(weight_BlK.shape)} of {weight_BlK.dtype}, but the plan was "
             f"made from ids of shape {tuple(metadata.expert_BlK.shape)}; each choice needs one floating-point weight"
+        )
+    low = [x.dtype for x in (x_BlD, weight_BlK) if x.dtype not in SUMMED]
+    if low and torch.is_grad_enabled() and (x_BlD.requires_grad or weight_BlK.requires_grad):
+        raise ValueError(
+            f"rank {metadata.rank}: rows or weights of {low[0]} with a gradient, which is a sum in that dtype, and "
+            "there is none; detach rows and weights, or dispatch them in torch.bfloat16"
         )

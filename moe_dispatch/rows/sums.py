@@ -11,6 +11,7 @@ from torch import Tensor
 # Products of rows are made in pieces of about this many values: the cache of a core, or enough to fill a GPU.
 VALUES_AT_ONCE_CPU = 2**18
 VALUES_AT_ONCE = 2**24
+SUMMED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # what embedding_bag takes
 BFLOAT16_PARTS = 3  # three of 8 bits hold the 24 bits of a float32
 
 

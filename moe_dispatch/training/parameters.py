@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parameter import is_lazy
 
 from ..layer.moe import MoE
+from ..wire.local_tensors import is_dtensor
 
 
 class Placement(Protocol):
@@ -31,8 +32,8 @@ class OnMesh(Protocol):
 
 
 def is_on_mesh(x: object) -> TypeGuard[OnMesh]:
-    """Is it a DTensor? Told by the name of its class: to import it takes half a second."""
-    return any(kind.__name__ == "DTensor" for kind in type(x).__mro__)
+    """Is it a DTensor?"""
+    return is_dtensor(x)
 
 
 def local_part(x: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_dispatch.internals import problem_of_dtensors
+
 from ..dtypes import is_integer
 from .empty import attend_or_zeros, zeros
 
@@ -47,6 +49,8 @@ class Documents:
                 None,
                 "cu_seqlens_padded without cu_seqlens; pass both, or cu_seqlens alone where nothing is padded",
             )
+        if problem := problem_of_dtensors(cu_seqlens=cu_seqlens, cu_seqlens_padded=cu_seqlens_padded):
+            return None, problem
         for name, x in (("cu_seqlens", cu_seqlens), ("cu_seqlens_padded", cu_seqlens_padded)):
             if x is not None and (not isinstance(x, Tensor) or x.ndim != 1 or not is_integer(x)):
                 got = f"{tuple(x.shape)} of {x.dtype}" if isinstance(x, Tensor) else f"{type(x).__name__}"

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_dispatch import Partition, TokenSharding, agree, gather_tokens
-from moe_dispatch.internals import check_group
+from moe_dispatch.internals import check_group, problem_of_dtensors
 
 from ..wire.order import batch_first, token_dim
 
@@ -177,6 +177,8 @@ def gather_outputs(x_BlD: Tensor, *, batch: ShardedBatch, group: dist.ProcessGro
 
 
 def _problem_of_output(x_BlD: Tensor, batch: ShardedBatch) -> str:
+    if problem := problem_of_dtensors(x_BlD=x_BlD):
+        return problem
     shape = tuple(x_BlD.shape) if isinstance(x_BlD, Tensor) else type(x_BlD).__name__
     if isinstance(x_BlD, Tensor) and shape[:2] == batch.sharding.local_shape(batch.rank):
         return ""

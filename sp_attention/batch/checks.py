@@ -5,6 +5,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from moe_dispatch.internals import is_dtensor
+
 from ..dtypes import is_integer
 from .batch import Batch
 
@@ -31,6 +33,13 @@ def check_types(batch: Batch) -> None:
             raise ValueError(f"fields has the name {name!r}; it has to be a text")
         if not isinstance(value, Tensor):
             raise ValueError(f"fields[{name!r}] is {type(value).__name__}; it has to be a tensor (B, L, ...)")
+    tensors = {name: getattr(batch, name) for name in TENSORS}
+    for name, value in (tensors | {f"fields[{name!r}]": x for name, x in batch.fields.items()}).items():
+        if is_dtensor(value):
+            raise ValueError(
+                f"{name} is a DTensor; shard_batch cuts ordinary tensors of the whole batch: pass its .to_local() if "
+                "each rank has the whole, else its .full_tensor()"
+            )
 
 
 def device_of(batch: Batch) -> torch.device:

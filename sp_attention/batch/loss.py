@@ -20,7 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_dispatch import GroupError
-from moe_dispatch.internals import Statement, check_is_group, digest, unseen_by_policies
+from moe_dispatch.internals import (
+    Statement,
+    check_is_group,
+    digest,
+    problem_of_dtensors,
+    unseen_by_policies,
+)
 
 from ..dtypes import dtype_of_sums, is_integer
 
@@ -102,8 +108,8 @@ def mean_loss(
         ValueError: the same text on every rank. It names the rank whose losses and targets do not fit, or the ranks
             that pass another ``num_targets``; or there are more targets in this call than that.
     """
-    problem = ""
-    if not loss_Bl.is_floating_point() or loss_Bl.shape != target_Bl.shape:
+    problem = problem_of_dtensors(loss_Bl=loss_Bl, target_Bl=target_Bl)
+    if not problem and (not loss_Bl.is_floating_point() or loss_Bl.shape != target_Bl.shape):
         problem = (
             f"losses are {tuple(loss_Bl.shape)} of {loss_Bl.dtype} for targets {tuple(target_Bl.shape)}; they have "
             'to be floating, one per target: reduction="none"'
@@ -133,8 +139,9 @@ def mean_cross_entropy(
 
     Group, num_targets, Returns, Raises: as there, also for a target outside the vocabulary.
     """
-    problem = ""
-    if not logits_BlV.is_floating_point() or logits_BlV.ndim < 2 or logits_BlV.shape[:-1] != target_Bl.shape:
+    problem = problem_of_dtensors(logits_BlV=logits_BlV, target_Bl=target_Bl)
+    fits = logits_BlV.is_floating_point() and logits_BlV.ndim >= 2 and logits_BlV.shape[:-1] == target_Bl.shape
+    if not problem and not fits:
         problem = (
             f"logits are {tuple(logits_BlV.shape)} of {logits_BlV.dtype} for targets {tuple(target_Bl.shape)}; they "
             "have to be floating, (B, l, V) for targets (B, l)"
@@ -204,6 +211,8 @@ def _problem_of_denominator(num_targets: object) -> str:
 def _problem_of_targets(target_Bl: object, device: torch.device) -> str:
     if not isinstance(target_Bl, Tensor):
         return f"targets are {type(target_Bl).__name__}; they have to be a tensor of ints"
+    if problem := problem_of_dtensors(target_Bl=target_Bl):
+        return problem
     if not is_integer(target_Bl):
         return f"targets are {target_Bl.dtype}; they have to be ints"
     if target_Bl.device != device:

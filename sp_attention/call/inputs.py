@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_dispatch import Partition, TokenSharding
-from moe_dispatch.internals import cast_to_autocast
+from moe_dispatch.internals import cast_to_autocast, problem_of_dtensors
 
 from ..wire.exchange import Split, check_sharding
 from ..wire.heads import GroupedHeads, heads_of_call
@@ -140,6 +140,8 @@ class AttentionInputs:
     @property
     def problem(self) -> str:
         """What is wrong with this rank's heads and tensors; empty where nothing is."""
+        if problem := problem_of_dtensors(q=self.q_BlNH, k=self.k_BlGH, v=self.v_BlGH):
+            return problem
         num_key, num_value = self.k_BlGH.shape[2], self.v_BlGH.shape[2]
         if num_key != num_value and all(num and not self.heads.query.total % num for num in (num_key, num_value)):
             return f"k has {num_key} heads and v {num_value}; each key/value head has a key and a value: pass as many"

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_dispatch.internals import problem_of_dtensors
+
 from ..attend.dropout import Dropout
 from .inputs import AttentionInputs, constants
 
@@ -73,6 +75,8 @@ def problem_of_tensor(name: str, value: Any, inputs: AttentionInputs) -> str:
     """What is wrong with what should be a tensor beside q, k, v; empty where nothing is."""
     if not isinstance(value, Tensor):
         return f"{name} is {type(value).__name__}; it has to be a tensor"
+    if problem := problem_of_dtensors(**{name: value}):
+        return problem
     if value.device != inputs.device:
         return f"{name} is on {value.device}, but q, k, v on {inputs.device}; move it there"
     return ""

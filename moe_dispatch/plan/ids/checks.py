@@ -6,12 +6,18 @@ from torch import Tensor
 from ...layout.partition import Partition
 from ...layout.sharding import TokenSharding
 from ...wire.agreement import BAD
+from ...wire.local_tensors import problem_of_dtensors
+from .format import ID_DTYPES
 from .group_tokens import GroupTokens
 
 
 def problem_of_arguments(expert_BlK: Tensor, weight_BlK: Tensor | None, sharding: TokenSharding, rank: int) -> str:
     """What is wrong with this rank's tensors, without a look at their values; empty where nothing is."""
-    return _problem_of_ids(expert_BlK, sharding, rank) or _problem_of_weights(expert_BlK, weight_BlK)
+    return (
+        problem_of_dtensors(expert_BlK=expert_BlK, weight_BlK=weight_BlK)
+        or _problem_of_ids(expert_BlK, sharding, rank)
+        or _problem_of_weights(expert_BlK, weight_BlK)
+    )
 
 
 def expected_message(expert_BlK: Tensor, weight_BlK: Tensor | None) -> tuple[int, torch.device]:
@@ -50,9 +56,11 @@ def problem_of_values(expert_BlK: Tensor, weight_BlK: Tensor | None, experts: Pa
 
 
 def _problem_of_ids(expert_BlK: Tensor, sharding: TokenSharding, rank: int) -> str:
-    if not isinstance(expert_BlK, Tensor) or expert_BlK.dtype != torch.int64:
+    if not isinstance(expert_BlK, Tensor) or expert_BlK.dtype not in ID_DTYPES:
         got = expert_BlK.dtype if isinstance(expert_BlK, Tensor) else type(expert_BlK)
-        return f"expert ids are {got}; they have to be a torch.int64 tensor, e.g. scores.topk(K).indices"
+        return (
+            f"expert ids are {got}; they have to be a torch.int64 or torch.int32 tensor, e.g. scores.topk(K).indices"
+        )
     if expert_BlK.ndim != 3 or tuple(expert_BlK.shape[:2]) != sharding.local_shape(rank) or not expert_BlK.shape[2]:
         return (
             f"expert ids of shape {tuple(expert_BlK.shape)}; its shard in order {sharding.order!r} is "

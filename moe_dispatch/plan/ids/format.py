@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 STEP = torch.int32  # of words and of ids; a message takes at most 2 K + 8 bytes for each token and rank
+ID_DTYPES = (torch.int64, torch.int32)  # of ids as callers pass them
 MOST_EXPERTS = 32766  # an id plus one fits in an int16, which gloo carries as bytes
 
 

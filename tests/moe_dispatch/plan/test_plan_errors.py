@@ -40,8 +40,8 @@ def float_ids(call: Call) -> Call:
     return replace(call, ids=call.ids.float())
 
 
-def int32_ids(call: Call) -> Call:
-    return replace(call, ids=call.ids.int())
+def int16_ids(call: Call) -> Call:
+    return replace(call, ids=call.ids.short())
 
 
 def short_ids(call: Call) -> Call:
@@ -139,7 +139,7 @@ def plan_with_strange_weights(rank: int) -> list[bool]:
 
 
 ID_RULE = "ids are 0 to 5, or -1 for no expert"
-INT64 = "they have to be a torch.int64 tensor, e.g. scores.topk(K).indices"
+INT64 = "they have to be a torch.int64 or torch.int32 tensor, e.g. scores.topk(K).indices"
 SHAPE = "its shard in order 'BL' is (2, 3), so they have to be (2, 3, 'K') with K >= 1"
 
 OF_ONE_RANK: list[tuple[Mistake, str]] = [
@@ -147,7 +147,7 @@ OF_ONE_RANK: list[tuple[Mistake, str]] = [
     (id_below_minus_one, f"expert id -2 at local token 1, choice 0; {ID_RULE}"),
     (id_far_out, f"expert id 1099511627777 at local token 0, choice 1; {ID_RULE}"),
     (float_ids, f"expert ids are torch.float32; {INT64}"),
-    (int32_ids, f"expert ids are torch.int32; {INT64}"),
+    (int16_ids, f"expert ids are torch.int16; {INT64}"),
     (short_ids, f"expert ids of shape (2, 2, 2); {SHAPE}"),
     (flat_ids, f"expert ids of shape (6, 2); {SHAPE}"),
     (nan_weight, "the weight at local token 3, choice 1 is NaN; look for NaN or Inf in the router's input"),
