@@ -25,7 +25,10 @@ QUICK = {
 }
 EMPTY = "one rank has nothing"
 # Rows whose tests are files of their own.
-ELSEWHERE = {"torch.save of the module": ["right", "", "right", "", ""]}  # test_saved
+ELSEWHERE = {
+    "torch.save of the module": ["right", "", "right", "", ""],  # test_saved
+    "DTensor inputs": ["refused"] * 5,  # test_dtensors
+}
 
 
 def table() -> dict[tuple[str, str], str]:
