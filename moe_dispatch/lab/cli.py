@@ -4,25 +4,38 @@ Parsing needs no extras: what a command imports besides is imported when it runs
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 
 from .bench.arguments import add_bench
-from .desk.output import OutputError
+from .desk.exits import COULD_NOT_RUN, WRONG_INPUT, CouldNotRun, Stop, end, interruptible, tell
 from .forecast.arguments import add_plan
 from .validate.arguments import add_validate
 
-MODULES_OF_EXTRA = (("cli", ("pydantic", "rich")), ("plot", ("matplotlib",)))
+MODULES_OF_EXTRA = (("cli", ("numpy", "pydantic", "rich")), ("plot", ("matplotlib",)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; its exit status. Wrong usage ends in SystemExit(2), as argparse has it."""
+    """Run one command; its exit status (``desk/exits.py``). Wrong usage ends in SystemExit(2), as argparse has it."""
     arguments = _parser().parse_args(argv)
+    arguments.argv = tuple(sys.argv[1:] if argv is None else argv)
+    return end(_run_to_its_end(arguments))
+
+
+def _run_to_its_end(arguments: argparse.Namespace) -> int:
     try:
-        return _run(arguments)
-    except KeyboardInterrupt:
-        return _tell("interrupted", 130)
+        with interruptible():
+            status = _run(arguments)
+            sys.stdout.flush()  # here, where a full disk can still be told
+            return status
+    except KeyboardInterrupt as error:
+        stop = Stop.of(error)
+        return tell(stop.reason, stop.status)
+    except OSError as error:
+        return _without_stdout(error)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -37,15 +50,22 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(arguments: argparse.Namespace) -> int:
     if missing := _missing_extra(arguments):
-        return _tell(missing, 2)
+        return tell(missing, COULD_NOT_RUN)
     try:
         job = arguments.prepare(arguments)
     except ValueError as error:  # wrong input, found before anything ran
-        return _tell(str(error), 2)
+        return tell(str(error), WRONG_INPUT)
     try:
         return job.run()
-    except OutputError as error:  # a full disk; the table was printed before
-        return _tell(str(error), 2)
+    except CouldNotRun as error:  # e.g. a full disk; the table was printed before
+        return tell(str(error), COULD_NOT_RUN)
+
+
+def _without_stdout(error: OSError) -> int:
+    """Standard output cannot be written, or something else of the system failed."""
+    with suppress(OSError, ValueError):  # Python flushes once more at its exit, and would fail there
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return tell(f"{error.filename or 'the output'}: {error.strerror or error}", COULD_NOT_RUN)
 
 
 def _missing_extra(arguments: argparse.Namespace) -> str:
@@ -58,8 +78,3 @@ def _missing_extra(arguments: argparse.Namespace) -> str:
                 f'run: pip install "moe-dispatch[{extra}]"'
             )
     return ""
-
-
-def _tell(message: str, status: int) -> int:
-    print(f"moe-dispatch: {message}", file=sys.stderr)
-    return status

@@ -3,6 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING, Any
 
+from ..desk.exits import EXIT_STATUS
 from ..desk.options import add_config, add_json, add_plot, add_timeout, count
 
 if TYPE_CHECKING:
@@ -10,8 +11,8 @@ if TYPE_CHECKING:
 
 DESCRIPTION = (
     "Time this library, the usual implementations and the bare collectives in turns on CPU ranks that the command "
-    "starts, and count what each sends, waits for and keeps. Exit status: 0 if every workload ran and every "
-    "contender gave right results, 1 if not, 2 for wrong input."
+    "starts, and count what each sends, waits for and keeps. "
+    + EXIT_STATUS.format(fine="every workload ran and every contender gave right results")
 )
 
 

@@ -2,7 +2,7 @@
 
 import argparse
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +12,11 @@ from rich.console import Console
 
 from ...testing import RankError, RankPool
 from ..desk.console import ProgressDisplay, output_console
+from ..desk.exits import COULD_NOT_RUN, DIFFERS, FINE, Stop, tell
 from ..desk.names import chosen_names
 from ..desk.output import check_output
 from ..desk.packaged import find_config
+from ..desk.provenance import provenance
 from .config import BenchConfig, UlyssesConfig, WorkloadConfig, load_bench
 from .contenders.named import find_adapter
 from .measure import measure
@@ -35,6 +37,7 @@ class Job:
         profile: whether to measure what each spends its time on.
         timeout: seconds for each workload.
         json, plot: files to write.
+        origin: what the JSON says of the run.
     """
 
     config: BenchConfig
@@ -45,29 +48,44 @@ class Job:
     timeout: float
     json: Path | None
     plot: Path | None
+    origin: Mapping[str, str]
 
     def run(self) -> int:
-        """The exit status. 0: every workload ran and every contender was right; 1: not."""
+        """The exit status: see ``desk/exits.py``; 0 if every workload ran and every contender was right."""
         setting = Setting(
             torch=torch.__version__,
             cores=os.cpu_count() or 1,
             load_average=os.getloadavg()[0],
             repeat=self.repeat,
         )
-        results = []
-        with ProgressDisplay(Console(stderr=True), len(self.workloads)) as display:
-            for workload in self.workloads:
-                display.started(workload.name)
-                results.append(run_workload(workload, self))
-                display.finished(workload.name, "broke off" if results[-1].error else "done")
-        print_bench(output_console(), setting, results)
+        results: list[WorkloadResult] = []
+        stop = Stop()
+        try:
+            with ProgressDisplay(Console(stderr=True), len(self.workloads)) as display:
+                for workload in self.workloads:
+                    display.started(workload.name)
+                    results.append(run_workload(workload, self))
+                    display.finished(workload.name, "broke off" if results[-1].error else "done")
+        except KeyboardInterrupt as error:  # the workloads that finished are told
+            stop = Stop.of(error)
+            tell(stop.reason, stop.status)
+        status = stop.status or status_of(results)
+        if results or not stop.status:
+            print_bench(output_console(json=self.json), setting, results)
         if self.json:
-            write_bench(self.json, self.config, setting, results)
-        if self.plot:
+            write_bench(self.json, self.config, setting, results, status=status, stop=stop, origin=self.origin)
+        if self.plot and not stop.status:
             from .plot import write_plot  # needs the extra "plot"
 
             write_plot(self.plot, results)
-        return 0 if all(result.fine for result in results) else 1
+        return status
+
+
+def status_of(results: Sequence[WorkloadResult]) -> int:
+    """The exit status of workloads that ran."""
+    if any(line.wrong for result in results for line in result.lines):
+        return DIFFERS
+    return COULD_NOT_RUN if any(result.error for result in results) else FINE
 
 
 def prepare(arguments: argparse.Namespace) -> Job:
@@ -96,6 +114,7 @@ def prepare(arguments: argparse.Namespace) -> Job:
         timeout=arguments.timeout,
         json=arguments.json,
         plot=arguments.plot,
+        origin=provenance(arguments.argv),
     )
 
 

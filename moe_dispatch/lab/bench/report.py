@@ -1,6 +1,6 @@
 """What the user sees of a bench run: the settings, a table, and the same as JSON."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -10,7 +10,9 @@ from rich.table import Table
 from rich.text import Text
 
 from ..desk.console import new_table, print_lines
+from ..desk.exits import Stop
 from ..desk.output import write_json
+from ..desk.provenance import outcome
 from .config import BenchConfig
 from .results import Line, Traffic, WorkloadResult
 
@@ -46,10 +48,21 @@ def print_bench(console: Console, setting: Setting, results: Sequence[WorkloadRe
             console.print(_phase_table(result))
 
 
-def write_bench(path: Path, config: BenchConfig, setting: Setting, results: Sequence[WorkloadResult]) -> None:
-    """Config, settings, and every number of every repetition."""
+def write_bench(
+    path: Path,
+    config: BenchConfig,
+    setting: Setting,
+    results: Sequence[WorkloadResult],
+    *,
+    status: int,
+    stop: Stop,
+    origin: Mapping[str, str],
+) -> None:
+    """How the run ended, where it was made, its config and settings, and every number of every repetition."""
     document = {
-        "passed": all(result.fine for result in results),
+        "passed": not status,
+        **outcome(status, stop.reason),
+        **origin,
         **asdict(setting),
         "config": asdict(config),
         "workloads": [asdict(result) for result in results],

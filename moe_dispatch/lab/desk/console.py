@@ -1,6 +1,7 @@
 """What the tools print: tables and lines on standard output, progress on standard error."""
 
 from collections.abc import Collection, Iterable
+from pathlib import Path
 from typing import Self
 
 from rich.box import SIMPLE_HEAD
@@ -9,12 +10,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 from rich.text import Text
 
+from .output import is_stdout
+
 WIDTH = 250  # more than the widest table: rich folds cells at 80 columns in a pipe, and narrower on a narrow terminal
 
 
-def output_console() -> Console:
-    """Standard output, wide enough for every table."""
-    return Console(width=WIDTH)
+def output_console(*, json: Path | None = None) -> Console:
+    """Standard output, wide enough for every table; standard error where the file ``json`` is standard output."""
+    return Console(width=WIDTH, stderr=is_stdout(json))
 
 
 def new_table(*columns: str, right: Collection[str] = ()) -> Table:

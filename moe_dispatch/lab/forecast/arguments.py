@@ -3,7 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from ..desk.options import add_config, add_json, count
+from ..desk.options import above_zero, add_config, add_json, count, zero_or_more
 
 if TYPE_CHECKING:
     from .command import Job
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 DESCRIPTION = (
     "Predict what one MoE layer sends: with a row for each choice, with a row for each rank that a token needs, and "
     "with a row for each node and then for each rank, under uniform and Zipf routing. Nothing is run. "
-    "Exit status: 0, or 2 for wrong input."
+    "Exit status: 0, 2 for wrong arguments or config, 3 if a file could not be written."
 )
 
 
@@ -30,14 +30,14 @@ def add_plan(commands: Any) -> None:
     )
     parser.add_argument("--ranks-per-node", metavar="R", type=count, help="ranks on each node")
     parser.add_argument(
-        "--intra-gb-s", metavar="X", type=float, help="GB/s of a rank to ranks of its node, in each direction"
+        "--intra-gb-s", metavar="X", type=above_zero, help="GB/s of a rank to ranks of its node, in each direction"
     )
     parser.add_argument(
-        "--inter-gb-s", metavar="Y", type=float, help="GB/s of a rank to other nodes, in each direction"
+        "--inter-gb-s", metavar="Y", type=above_zero, help="GB/s of a rank to other nodes, in each direction"
     )
-    parser.add_argument("--latency-us", metavar="US", type=float, help="least microseconds of a collective")
+    parser.add_argument("--latency-us", metavar="US", type=zero_or_more, help="least microseconds of a collective")
     parser.add_argument("--tokens", metavar="T", type=count, help="tokens on each rank")
-    parser.add_argument("--zipf", metavar="S", type=float, help="exponent of Zipf's law among experts")
+    parser.add_argument("--zipf", metavar="S", type=zero_or_more, help="exponent of Zipf's law among experts")
     add_json(parser)
     parser.set_defaults(prepare=_prepare, plot=None)
 

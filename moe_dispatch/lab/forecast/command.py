@@ -9,6 +9,7 @@ from typing import Any
 from ..desk.console import output_console
 from ..desk.output import check_output
 from ..desk.packaged import find_config
+from ..desk.provenance import provenance
 from .config import PlanConfig, load_plan_config
 from .crossing import find_crossing
 from .predict import predict
@@ -21,18 +22,20 @@ class Job:
 
     Attributes:
         json: file to write.
+        origin: what the JSON says of the run.
     """
 
     configs: Sequence[PlanConfig]
     json: Path | None
+    origin: Mapping[str, str]
 
     def run(self) -> int:
         """The exit status, 0."""
         predictions = [prediction for config in self.configs for prediction in predict(config)]
         crossing = find_crossing(self.configs[0])
-        print_plan(output_console(), self.configs[0], predictions, crossing)
+        print_plan(output_console(json=self.json), self.configs[0], predictions, crossing)
         if self.json:
-            write_plan(self.json, self.configs, predictions, crossing)
+            write_plan(self.json, self.configs, predictions, crossing, origin=self.origin)
         return 0
 
 
@@ -46,7 +49,7 @@ def prepare(arguments: argparse.Namespace) -> Job:
         check_output(arguments.json)
     path = find_config(arguments.config, tool="plan", what="plan")
     configs = [load_plan_config(path, _changes(arguments, nodes)) for nodes in arguments.nodes or [None]]
-    return Job(configs=configs, json=arguments.json)
+    return Job(configs=configs, json=arguments.json, origin=provenance(arguments.argv))
 
 
 def _changes(arguments: argparse.Namespace, nodes: int | None) -> Mapping[str, Mapping[str, Any]]:

@@ -1,6 +1,6 @@
 """What the user sees of a plan: a table, and the same as JSON."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -34,10 +34,16 @@ def print_plan(console: Console, config: PlanConfig, predictions: Sequence[Predi
 
 
 def write_plan(
-    path: Path, configs: Sequence[PlanConfig], predictions: Sequence[Prediction], crossing: Crossing
+    path: Path,
+    configs: Sequence[PlanConfig],
+    predictions: Sequence[Prediction],
+    crossing: Crossing,
+    *,
+    origin: Mapping[str, str],
 ) -> None:
-    """The configs, one for each number of nodes, and every number."""
+    """Where it was made, the configs, one for each number of nodes, and every number."""
     document = {
+        **origin,
         "configs": [asdict(config) for config in configs],  # pyright: ignore[reportArgumentType]
         "predictions": [asdict(each) for each in predictions],
         "counts_first": asdict(crossing),

@@ -4,16 +4,17 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..desk.exits import EXIT_STATUS
 from ..desk.options import add_config, add_json, add_plot, add_timeout
 
 if TYPE_CHECKING:
-    from .command import Job
+    from .command import Job, Refusal
 
 DESCRIPTION = (
     "Train a small DeepSeek-style model on real text under every row of a matrix of data, sequence, tensor and "
     "expert parallelism, and compare logits, loss, gradients and the loss curve with one process. The command starts "
-    "its own ranks, or joins those of torchrun or srun. Exit status: 0 if every row agrees (with --mutants: if every "
-    "mutant was caught), 1 if not, 2 for wrong input."
+    "its own ranks, or joins those of torchrun or srun. "
+    + EXIT_STATUS.format(fine="every row agrees (with --mutants: every mutant was caught)")
 )
 
 
@@ -29,7 +30,7 @@ def add_validate(commands: Any) -> None:
     add_json(parser)
     add_plot(parser, shows="losses, the rank of each token and the rows sent")
     parser.add_argument("--rows", metavar="NAME", nargs="+", help="run only these rows of the config")
-    add_timeout(parser, limits="for each row on ranks that the command started")
+    add_timeout(parser, limits="for each row, and for ranks of a launcher to meet")
     mutants = parser.add_mutually_exclusive_group()
     mutants.add_argument("--mutant", metavar="NAME", help="run with this known bug; the run has to fail")
     mutants.add_argument(
@@ -38,7 +39,7 @@ def add_validate(commands: Any) -> None:
     parser.set_defaults(prepare=_prepare)
 
 
-def _prepare(arguments: argparse.Namespace) -> "Job":
+def _prepare(arguments: argparse.Namespace) -> "Job | Refusal":
     from .command import prepare  # needs the extra "cli"
 
     return prepare(arguments)

@@ -2,23 +2,29 @@
 
 import argparse
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from ..desk.console import ProgressDisplay, output_console
-from ..desk.launch import Ranks, find_ranks
+from ..desk.exits import WRONG_INPUT, CouldNotRun, tell
 from ..desk.names import choices, chosen_names
 from ..desk.output import check_output
 from ..desk.packaged import find_config
+from ..desk.provenance import provenance, versions
+from ..desk.ranks.launch import Launched, Ranks, find_launched, find_ranks
 from .config.load import load_config
 from .config.tables import RowConfig, ValidateConfig
-from .matrix import MatrixRun, run_matrix, run_mutants
+from .matrix import MatrixRun, MutantsRun, run_matrix, run_mutants
 from .mutants.mutants import MUTANTS
-from .report import print_matrix, print_mutants, write_run
-from .text import check_length, default_text, read_text
+from .report import document_of, print_matrix, print_mutants, write_run
+from .text import Corpus, batches_of_bytes, batches_of_file, default_text
+
+MOST_TELL_SECONDS = 60.0  # that a rank with wrong input waits for its peers to come and hear of it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,61 +35,90 @@ class Job:
         mutant: name of the known bug to run with; empty for none.
         all_mutants: run with each known bug in turn.
         json, plot: files to write.
+        origin: what the JSON says of the run.
     """
 
     config: ValidateConfig
     rows: Sequence[RowConfig]
-    text: bytes
+    text: Corpus
     ranks: Ranks
     mutant: str
     all_mutants: bool
     json: Path | None
     plot: Path | None
+    origin: Mapping[str, str]
 
     def run(self) -> int:
-        """The exit status. 0: every row agrees, or every mutant that can show in these rows was caught; 1: not."""
-        return self._run_mutants() if self.all_mutants else self._run_matrix()
+        """The exit status: see ``desk/exits.py``; 0 if every row agrees, or every mutant that can show was caught."""
+        run = self._run_mutants() if self.all_mutants else self._run_matrix()
+        if run.stop.reason:
+            tell(run.stop.reason, run.status)
+        if self.ranks.is_main and self.json:
+            write_run(self.json, document_of(self.config, run, text=self.text, origin=self.origin))
+        if self.ranks.is_main and self.plot and isinstance(run, MatrixRun) and not run.stop.reason:
+            from .plot import write_plot  # needs the extra "plot"
 
-    def _run_matrix(self) -> int:
+            write_plot(self.plot, run.rows)
+        return run.status
+
+    def _run_matrix(self) -> MatrixRun:
         steps = len(self.rows) * len(self.config.dtypes)
-        with self.ranks as ranks, self._display(steps) as display:
-            run = run_matrix(self.config, self.rows, self.text, mutant=self.mutant, ranks=ranks, watcher=display)
-        if self.ranks.is_main:
-            console = output_console()
+        with self._display(steps) as display:
+            run = run_matrix(self.config, self.rows, self.text, mutant=self.mutant, ranks=self.ranks, watcher=display)
+        if self.ranks.is_main and (run.rows or not run.stop.reason):
+            console = output_console(json=self.json)
             print_matrix(console, run)
             if run.mutant:
                 console.print(_mutant_line(run), soft_wrap=True, markup=False, highlight=False)
-            if self.json:
-                write_run(self.json, self.config, run)
-            if self.plot:
-                from .plot import write_plot  # needs the extra "plot"
+        return run
 
-                write_plot(self.plot, run.rows)
-        return 0 if run.agrees else 1
-
-    def _run_mutants(self) -> int:
-        with self.ranks as ranks, self._display(None) as display:  # how many rows it takes is not known
-            run = run_mutants(self.config, self.rows, self.text, mutants=MUTANTS, ranks=ranks, watcher=display)
-        if self.ranks.is_main:
-            print_mutants(output_console(), run)
-            if self.json:
-                write_run(self.json, self.config, run)
-        return 0 if run.all_caught else 1
+    def _run_mutants(self) -> MutantsRun:
+        with self._display(None) as display:  # how many rows it takes is not known
+            run = run_mutants(self.config, self.rows, self.text, mutants=MUTANTS, ranks=self.ranks, watcher=display)
+        if self.ranks.is_main and (run.mutants or not run.stop.reason):
+            print_mutants(output_console(json=self.json), run)
+        return run
 
     def _display(self, steps: int | None) -> ProgressDisplay:
         return ProgressDisplay(Console(stderr=True, quiet=not self.ranks.is_main), steps)
 
 
-def prepare(arguments: argparse.Namespace) -> Job:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refusal:
+    """Wrong input of one of several launched ranks, whose peers would wait for it."""
+
+    problem: str
+    launched: Launched
+    timeout: float
+
+    def run(self) -> int:
+        """Tell the user at once, then the peers; the exit status."""
+        tell(self.problem, WRONG_INPUT)
+        limit = min(self.timeout, MOST_TELL_SECONDS)
+        with suppress(CouldNotRun), self.launched.joined(facts={}, problem=self.problem, timeout=limit):
+            pass
+        return WRONG_INPUT
+
+
+def prepare(arguments: argparse.Namespace) -> Job | Refusal:
     """Read and check all input. Every rank does so before any rank meets another.
 
     Raises:
         ValueError: fact, rule, remedy.
     """
+    launched = find_launched(os.environ)
+    try:
+        return _job(arguments, launched)
+    except ValueError as error:
+        if launched:
+            return Refusal(problem=str(error), launched=launched, timeout=arguments.timeout)
+        raise
+
+
+def _job(arguments: argparse.Namespace, launched: Launched | None) -> Job:
     config = load_config(find_config(arguments.config, tool="validate"))
     rows = _chosen_rows(arguments, config)
-    text = read_text(arguments.text) if arguments.text else default_text()
-    check_length(text, seq=max(row.seq for row in rows))
+    text = _text(arguments.text, rows, steps=config.train.steps)
     if arguments.plot:
         from ..desk.plots import check_plot  # needs the extra "plot"
 
@@ -93,15 +128,17 @@ def prepare(arguments: argparse.Namespace) -> Job:
     for path in (arguments.json, arguments.plot):
         if path:
             check_output(path)
+    facts = _facts(config, rows, text, mutant=arguments.mutant or str(arguments.mutants))
     return Job(
         config=config,
         rows=rows,
         text=text,
-        ranks=find_ranks(os.environ, size=config.ranks, timeout=arguments.timeout),
+        ranks=find_ranks(launched, size=config.ranks, facts=facts, timeout=arguments.timeout),
         mutant=arguments.mutant or "",
         all_mutants=arguments.mutants,
         json=arguments.json,
         plot=arguments.plot,
+        origin=provenance(arguments.argv),
     )
 
 
@@ -114,8 +151,35 @@ def _chosen_rows(arguments: argparse.Namespace, config: ValidateConfig) -> Seque
     return [row for row in config.rows if row.name in chosen]
 
 
+def _text(path: Path | None, rows: Sequence[RowConfig], *, steps: int) -> Corpus:
+    shapes = [(row.batch, row.seq) for row in rows]
+    if path is None:
+        return batches_of_bytes(default_text(), shapes, steps=steps, name="Python's help()")
+    return batches_of_file(path, shapes, steps=steps)
+
+
+def _facts(config: ValidateConfig, rows: Sequence[RowConfig], text: Corpus, *, mutant: str) -> dict[str, str]:
+    """What all ranks have to mean, by name: versions, the chosen rows, the text, and the config key by key."""
+    return {
+        **versions(),
+        "--rows": ", ".join(row.name for row in rows),
+        "--mutant": mutant,
+        "text": f"{text.used} bytes used of {text.size}, SHA-256 {text.digest[:16]}",
+        **_flat(asdict(config), ""),
+    }
+
+
+def _flat(value: Any, key: str) -> dict[str, str]:
+    if isinstance(value, dict):
+        return {name: text for k, inner in value.items() for name, text in _flat(inner, f"{key}.{k}").items()}
+    if isinstance(value, list | tuple) and value and isinstance(value[0], dict):
+        return {name: text for i, inner in enumerate(value) for name, text in _flat(inner, f"{key}[{i}]").items()}
+    return {key.removeprefix("."): repr(value)}
+
+
 def _mutant_line(run: MatrixRun) -> str:
     mutant = MUTANTS[run.mutant]
     quantities = list(dict.fromkeys(quantity for row in run.rows for quantity in row.disagreeing))
     found = f"the run fails, as it has to; differing: {', '.join(quantities)}"
-    return f"mutant {mutant.name} ({mutant.description}): {'MISSED, every row agrees' if run.agrees else found}"
+    missed = all(row.agrees for row in run.rows)
+    return f"mutant {mutant.name} ({mutant.description}): {'MISSED, every row agrees' if missed else found}"

@@ -1,16 +1,18 @@
 """The loops of the main job: every row of the matrix in every dtype, and every mutant in its row."""
 
 import time
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from ...testing import RankError
-from ..desk.launch import Ranks
+from ..desk.exits import COULD_NOT_RUN, DIFFERS, FINE, CouldNotRun, Stop
+from ..desk.ranks.launch import Ranks
 from .config.tables import RowConfig, ValidateConfig
 from .mutants.mutants import Mutant
 from .results import RowResult
 from .run import Reference, run_reference, run_row
+from .text import Corpus
 
 
 class Watcher(Protocol):
@@ -32,15 +34,24 @@ class ReferenceRun:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MatrixRun:
-    """What a run of the matrix found; ``mutant`` is the name of the bug that was put in, empty for none."""
+    """What a run of the matrix found; ``mutant`` is the name of the bug that was put in, empty for none.
+
+    ``stop`` is what ended the run before its last row.
+    """
 
     mutant: str
     references: tuple[ReferenceRun, ...]
     rows: tuple[RowResult, ...]
+    stop: Stop = field(default_factory=Stop)
 
     @property
     def agrees(self) -> bool:
-        return all(row.agrees for row in self.rows)
+        return not self.stop.status and all(row.agrees for row in self.rows)
+
+    @property
+    def status(self) -> int:
+        """The exit status."""
+        return self.stop.status or status_of(self.rows)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,45 +74,71 @@ class MutantRun:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MutantsRun:
-    """Every mutant, and as controls their rows without one: a row that differs anyway catches nothing."""
+    """Every mutant, and as controls their rows without one: a row that differs anyway catches nothing.
+
+    ``stop`` is what ended the run before its last row; then some mutants are missing.
+    """
 
     controls: tuple[RowResult, ...]
     mutants: tuple[MutantRun, ...]
+    stop: Stop = field(default_factory=Stop)
 
     @property
     def all_caught(self) -> bool:
         """Whether every mutant that could show was."""
         showing = [run for run in self.mutants if run.could_show]
-        return all(row.agrees for row in self.controls) and all(run.caught for run in showing)
+        agree = all(row.agrees for row in self.controls) and all(run.caught for run in showing)
+        return agree and not self.stop.status
+
+    @property
+    def status(self) -> int:
+        """The exit status."""
+        missed = [run for run in self.mutants if run.could_show and not run.caught]
+        if all(row.error for run in missed for row in run.rows):  # a row that broke off catches and misses nothing
+            return self.stop.status or status_of((*self.controls, *(row for run in missed for row in run.rows)))
+        return self.stop.status or DIFFERS
+
+
+def status_of(rows: Iterable[RowResult]) -> int:
+    """The exit status of rows that all ought to agree."""
+    rows = list(rows)
+    if any(not row.agrees and not row.error for row in rows):
+        return DIFFERS
+    return COULD_NOT_RUN if any(row.error for row in rows) else FINE
 
 
 def run_matrix(
     config: ValidateConfig,
     rows: Sequence[RowConfig],
-    text: bytes,
+    text: Corpus,
     *,
     mutant: str,
     ranks: Ranks,
     watcher: Watcher,
 ) -> MatrixRun:
-    """Run ``rows`` in every dtype of the config.
+    """Run ``rows`` in every dtype of the config on ``ranks``, which are started and ended here.
 
-    A row that breaks off on spawned ranks becomes a result with its error; on joined ranks its exception ends
-    the run.
+    A row that breaks off on spawned ranks becomes a result with its error; joined ranks cannot go on. Then, and after
+    a signal, the rows that finished are returned.
     """
     references: list[ReferenceRun] = []
     results: list[RowResult] = []
-    for dtype in config.dtypes:
-        runner = _RowRunner(config, dtype, text, ranks, watcher)
-        results += [runner.run(row, mutant) for row in rows]
-        references += runner.references
-    return MatrixRun(mutant=mutant, references=tuple(references), rows=tuple(results))
+    stop = Stop()
+    try:
+        with ranks:
+            for dtype in config.dtypes:
+                runner = _RowRunner(config, dtype, text, ranks, watcher, references)
+                for row in rows:
+                    results.append(runner.run(row, mutant))
+    except (CouldNotRun, KeyboardInterrupt) as error:
+        stop = Stop.of(error)
+    return MatrixRun(mutant=mutant, references=tuple(references), rows=tuple(results), stop=stop)
 
 
 def run_mutants(
     config: ValidateConfig,
     rows: Sequence[RowConfig],
-    text: bytes,
+    text: Corpus,
     *,
     mutants: Mapping[str, Mutant],
     ranks: Ranks,
@@ -109,22 +146,33 @@ def run_mutants(
 ) -> MutantsRun:
     """Run each mutant in the rows in which it can show until one catches it, the most kinds of parallelism first.
 
-    In the most exact dtype of the config, where rounding hides least.
+    In the most exact dtype of the config, where rounding hides least. It ends early as :func:`run_matrix` does.
     """
-    runner = _RowRunner(config, max(config.dtypes), text, ranks, watcher)  # "float32" < "float64"
+    runner = _RowRunner(config, max(config.dtypes), text, ranks, watcher, [])  # "float32" < "float64"
     rows = sorted(rows, key=_demand, reverse=True)
     control_of_row: dict[str, RowResult] = {}
     runs: list[MutantRun] = []
-    for name, mutant in mutants.items():
-        results: list[RowResult] = []
-        for row in filter(mutant.shows_in, rows):
-            if row.name not in control_of_row:
-                control_of_row[row.name] = runner.run(row, "")
-            results.append(runner.run(row, name))
-            if _catches(results[-1]):
-                break
-        runs.append(MutantRun(name=name, description=mutant.description, rows=tuple(results)))
-    return MutantsRun(controls=tuple(control_of_row.values()), mutants=tuple(runs))
+    stop = Stop()
+    try:
+        with ranks:
+            for mutant in mutants.values():
+                runs.append(_run_mutant(mutant, rows, runner, control_of_row))
+    except (CouldNotRun, KeyboardInterrupt) as error:
+        stop = Stop.of(error)
+    return MutantsRun(controls=tuple(control_of_row.values()), mutants=tuple(runs), stop=stop)
+
+
+def _run_mutant(
+    mutant: Mutant, rows: Sequence[RowConfig], runner: "_RowRunner", control_of_row: dict[str, RowResult]
+) -> MutantRun:
+    results: list[RowResult] = []
+    for row in filter(mutant.shows_in, rows):
+        if row.name not in control_of_row:
+            control_of_row[row.name] = runner.run(row, "")
+        results.append(runner.run(row, mutant.name))
+        if _catches(results[-1]):
+            break
+    return MutantRun(name=mutant.name, description=mutant.description, rows=tuple(results))
 
 
 def _catches(row: RowResult) -> bool:
@@ -138,20 +186,29 @@ def _demand(row: RowConfig) -> tuple[int, int, int]:
 
 
 class _RowRunner:
-    """Runs rows in one dtype; keeps the reference of each kind of data."""
+    """Runs rows in one dtype; keeps the reference of each kind of data, and notes it in ``references``."""
 
-    def __init__(self, config: ValidateConfig, dtype: str, text: bytes, ranks: Ranks, watcher: Watcher) -> None:
+    def __init__(
+        self,
+        config: ValidateConfig,
+        dtype: str,
+        text: Corpus,
+        ranks: Ranks,
+        watcher: Watcher,
+        references: list[ReferenceRun],
+    ) -> None:
         self.config, self.dtype, self.text, self.ranks, self.watcher = config, dtype, text, ranks, watcher
-        self.references: list[ReferenceRun] = []
+        self.references = references
         self._reference_of_data: dict[Hashable, Reference] = {}
 
     def run(self, row: RowConfig, mutant: str) -> RowResult:
         reference = self._reference(row)
         what = f"{self.dtype}  {row.name}" + (f"  [{mutant}]" if mutant else "")
-        self.watcher.started(what)
+        self._started(what)
         start = time.perf_counter()
+        token_SBL = self.text.token_SBL_of_shape[row.batch, row.seq]
         try:
-            result = self.ranks.run(run_row, self.config, row, self.dtype, self.text, reference, mutant)
+            result = self.ranks.run(run_row, self.config, row, self.dtype, token_SBL, reference, mutant)
         except RankError as error:  # only of spawned ranks, which are fresh for the next row
             result = self._broken_off(row, str(error), time.perf_counter() - start)
         verdict = "agree" if result.agrees else f"differ: {', '.join(result.disagreeing)}"
@@ -161,12 +218,24 @@ class _RowRunner:
     def _reference(self, row: RowConfig) -> Reference:
         shape = (row.batch, row.seq)
         if row.data not in self._reference_of_data:
-            self.watcher.started(f"{self.dtype}  one process, {row.batch} x {row.seq}")
+            self._started(f"{self.dtype}  one process, {row.batch} x {row.seq}")
             start = time.perf_counter()
-            self._reference_of_data[row.data] = run_reference(self.config, row, self.dtype, self.text)
+            token_SBL = self.text.token_SBL_of_shape[shape]
+            try:
+                self._reference_of_data[row.data] = run_reference(self.config, row, self.dtype, token_SBL)
+            except (MemoryError, RuntimeError) as error:
+                if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):
+                    raise  # torch has no type of its own for too large a tensor
+                raise CouldNotRun(
+                    f"row {row.name!r} does not fit in memory; make its batch, seq or model smaller"
+                ) from error
             seconds = time.perf_counter() - start
             self.references.append(ReferenceRun(dtype=self.dtype, shape=shape, seconds=seconds))
         return self._reference_of_data[row.data]
+
+    def _started(self, what: str) -> None:
+        self.watcher.started(what)
+        self.ranks.at(what)
 
     def _broken_off(self, row: RowConfig, error: str, seconds: float) -> RowResult:
         return RowResult(

@@ -1,20 +1,20 @@
 """What the user sees of a run: a table, and the same as JSON."""
 
-import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.text import Text
 
 from ..desk.console import new_table, print_lines
 from ..desk.output import write_json
+from ..desk.provenance import outcome
 from .config.tables import ValidateConfig
 from .matrix import MatrixRun, MutantsRun
 from .results import QUANTITIES, RowResult
+from .text import Corpus
 
 MESH = "dp sp tp ep"
 VERDICTS = ("agrees", "disagreeing", "could_show", "caught")
@@ -54,15 +54,22 @@ def print_mutants(console: Console, run: MutantsRun) -> None:
     print_lines(console, _disagreements([*run.controls, *broken]))
 
 
-def write_run(path: Path, config: ValidateConfig, run: MatrixRun | MutantsRun) -> None:
-    """All of a run: config, versions, and every number of every row; a NaN or infinity is null."""
-    document = {
+def document_of(
+    config: ValidateConfig, run: MatrixRun | MutantsRun, *, text: Corpus, origin: Mapping[str, str]
+) -> dict[str, Any]:
+    """All of a run: how it ended, where it was made, its config and text, and every number of every row."""
+    return {
         "passed": run.agrees if isinstance(run, MatrixRun) else run.all_caught,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
+        **outcome(run.status, run.stop.reason),
+        **origin,
+        "text": {"name": text.name, "bytes": text.size, "used_bytes": text.used, "sha256_of_used": text.digest},
         "config": asdict(config),
-        **{key: _plain(value) for key, value in _fields(run).items()},
+        **{key: _plain(value) for key, value in _fields(run).items() if key != "stop"},
     }
+
+
+def write_run(path: Path, document: Mapping[str, Any]) -> None:
+    """Write what :func:`document_of` gives; a NaN or infinity is null."""
     write_json(path, document)
 
 

@@ -8,7 +8,7 @@ QUANTITIES = ("logits", "loss", "gradients", "loss curve")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Reference:
+class Training:
     """What a training run found, in one process or gathered from a mesh: tensors in float64 on the CPU.
 
     Attributes:
@@ -20,6 +20,20 @@ class Reference:
     logits_BLV: Tensor
     losses: tuple[float, ...]
     gradients: dict[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Reference:
+    """What one process found, and how far rounding alone moves it.
+
+    Attributes:
+        noise: by parameter, how far its gradient moves when all parameters move by a unit in the last place.
+        epsilon: that unit, relative to 1.
+    """
+
+    training: Training
+    noise: dict[str, float]
+    epsilon: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -30,13 +30,34 @@ from .debug_model.model import DebugModel
 from .debug_model.packing import Packing
 from .debug_model.parallel import parallel_model, quiet, whole_gradients
 from .mutants.mutants import mutated
-from .results import Reference, RowResult
-from .text import sample
+from .results import Reference, RowResult, Training
 
 
-def run_reference(config: ValidateConfig, row: RowConfig, dtype: str, text: bytes) -> Reference:
-    """The training run in one process: MoE layers, masks and targets as plain Python loops."""
-    model = whole_model(config, row, dtype)
+def run_reference(config: ValidateConfig, row: RowConfig, dtype: str, token_SBL: Tensor) -> Reference:
+    """The training run in one process: MoE layers, masks and targets as plain Python loops.
+
+    Args:
+        token_SBL: the bytes of every step.
+    """
+    epsilon = torch.finfo(getattr(torch, dtype)).eps
+    training = train_alone(whole_model(config, row, dtype), config, row, token_SBL)
+    nudged = nudge(whole_model(config, row, dtype), epsilon)
+    moved = train_alone(nudged, config, row, token_SBL[:1]).gradients
+    noise = {name: (moved[name] - gradient).abs().max().item() for name, gradient in training.gradients.items()}
+    return Reference(training=training, noise=noise, epsilon=epsilon)
+
+
+def nudge(model: DebugModel, epsilon: float) -> DebugModel:
+    """``model``, each of its weights moved by -1, 0 or 1 units in the last place."""
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter *= 1 + epsilon * torch.randint(-1, 2, parameter.shape, generator=draw, dtype=parameter.dtype)
+    return model
+
+
+def train_alone(model: DebugModel, config: ValidateConfig, row: RowConfig, token_SBL: Tensor) -> Training:
+    """The training run of ``model`` in this process."""
     packing = Packing.of(seq=row.seq, documents=row.documents, window=row.window)
     layout = OneProcess(whole=TokenSharding(batch=row.batch, seq=row.seq), packing=packing)
     coefficient, top_k = config.model.balance_coefficient, config.model.top_k
@@ -59,8 +80,8 @@ def run_reference(config: ValidateConfig, row: RowConfig, dtype: str, text: byte
             if isinstance(module, ReferenceMoE):
                 module.update_bias(config.model.bias_rate)
 
-    losses = train(model, step, after_step, config, row, text)
-    return Reference(logits_BLV=first[0][0], losses=losses, gradients=first[0][1])
+    losses = train(model, step, after_step, config, token_SBL)
+    return Training(logits_BLV=first[0][0], losses=losses, gradients=first[0][1])
 
 
 def reference_targets(rows: list[list[int]], documents: Sequence[tuple[int, int]]) -> list[int]:
@@ -75,7 +96,7 @@ def reference_targets(rows: list[list[int]], documents: Sequence[tuple[int, int]
 
 
 def run_row(
-    config: ValidateConfig, row: RowConfig, dtype: str, text: bytes, reference: Reference, mutant: str
+    config: ValidateConfig, row: RowConfig, dtype: str, token_SBL: Tensor, reference: Reference, mutant: str
 ) -> RowResult:
     """One row of the matrix, on every rank of the default process group. The same result on every rank.
 
@@ -88,7 +109,7 @@ def run_row(
     packing = Packing.of(seq=row.seq, documents=row.documents, window=row.window)
     layout = OnMesh.of(mesh, batch=row.batch, seq=row.seq, packing=packing)
     with mutated(mutant), quiet():
-        found, rows_sent = train_on_mesh(config, row, dtype, text, mesh, layout)
+        found, rows_sent = train_on_mesh(config, row, dtype, token_SBL, mesh, layout)
     rank_of_token_T, _ = layout.tokens.locate(torch.arange(row.batch * row.seq))
     return RowResult(
         name=row.name,
@@ -98,7 +119,7 @@ def run_row(
         differences=compare(found, reference, config.tolerance[dtype]),
         error="",
         losses=found.losses,
-        reference_losses=reference.losses,
+        reference_losses=reference.training.losses,
         seconds=time.perf_counter() - start,
         rank_of_token_BL=tuple(map(tuple, rank_of_token_T.view(row.batch, row.seq).tolist())),
         rows_sent_PP=rows_sent,
@@ -106,8 +127,8 @@ def run_row(
 
 
 def train_on_mesh(
-    config: ValidateConfig, row: RowConfig, dtype: str, text: bytes, mesh: ParallelMesh, layout: OnMesh
-) -> tuple[Reference, tuple[tuple[int, ...], ...]]:
+    config: ValidateConfig, row: RowConfig, dtype: str, token_SBL: Tensor, mesh: ParallelMesh, layout: OnMesh
+) -> tuple[Training, tuple[tuple[int, ...], ...]]:
     """The training run on ``mesh``, gathered on every rank, and the rows that ranks sent each other at first."""
     model = parallel_model(whole_model(config, row, dtype), replace(config.model, heads=row.heads), mesh)
     coefficient, top_k = config.model.balance_coefficient, config.model.top_k
@@ -135,8 +156,8 @@ def train_on_mesh(
             if isinstance(module, MoE):
                 module.update_bias(config.model.bias_rate, everyone())
 
-    losses = train(model, step, after_step, config, row, text)
-    return Reference(logits_BLV=first[0][0], losses=losses, gradients=first[0][1]), first[0][2]
+    losses = train(model, step, after_step, config, token_SBL)
+    return Training(logits_BLV=first[0][0], losses=losses, gradients=first[0][1]), first[0][2]
 
 
 def train(
@@ -144,8 +165,7 @@ def train(
     step: Callable[[Tensor], float],
     after_step: Callable[[], None],
     config: ValidateConfig,
-    row: RowConfig,
-    text: bytes,
+    token_SBL: Tensor,
 ) -> tuple[float, ...]:
     """The loss of each step. ``step`` gets the whole batch's tokens and leaves gradients; AdamW follows."""
     settings = config.train
@@ -155,8 +175,8 @@ def train(
     )
     device = next(model.parameters()).device
     losses = []
-    for number in range(settings.steps):
-        losses.append(step(sample(text, batch=row.batch, seq=row.seq, step=number).to(device)))
+    for token_BL in token_SBL.to(device, torch.int64):
+        losses.append(step(token_BL))
         optimizer.step()
         optimizer.zero_grad()
         after_step()

@@ -14,8 +14,15 @@ from tests.support.lab.configs import ROOT
     ("argv", "message"),
     [
         ([], "the following arguments are required: COMMAND"),
-        (["validate", "--timeout", "0"], "'0' is not a number of seconds above 0, e.g. 300"),
-        (["validate", "--timeout", "soon"], "'soon' is not a number of seconds above 0, e.g. 300"),
+        (["validate", "--timeout", "0"], "'0' is not a number of seconds above 0, at most 604800 (a week), e.g. 300"),
+        (["validate", "--timeout", "soon"], "'soon' is not a number of seconds above 0"),
+        (["bench", "--timeout", "1e30"], "'1e30' is not a number of seconds above 0"),
+        (["bench", "--repeat", "\u0663"], "is not a whole number above 0"),  # an Arabic 3
+        (["bench", "--repeat", "9" * 19], "is not a whole number above 0 of at most 18 digits, e.g. 7"),
+        (["plan", "--inter-gb-s", "fast"], "argument --inter-gb-s: 'fast' is not a number above 0, at most 1e+09"),
+        (["plan", "--intra-gb-s", "nan"], "argument --intra-gb-s: 'nan' is not a number above 0"),
+        (["plan", "--latency-us", "-1"], "argument --latency-us: '-1' is not a number of at least 0"),
+        (["plan", "--zipf", "1e308"], "argument --zipf: '1e308' is not a number of at least 0, at most 1e+09"),
         (["validate", "--mutants", "--mutant", "x"], "not allowed with argument"),
     ],
 )
@@ -26,7 +33,8 @@ def test_wrong_usage_exits_with_status_2(argv: list[str], message: str, capsys: 
 
 
 @pytest.mark.parametrize(
-    ("gone", "argv", "extra"), [("rich", [], "cli"), ("matplotlib", ["--plot", "out.png"], "plot")]
+    ("gone", "argv", "extra"),
+    [("rich", [], "cli"), ("numpy", [], "cli"), ("matplotlib", ["--plot", "out.png"], "plot")],
 )
 def test_a_missing_extra_is_told_with_the_command_that_installs_it(
     gone: str,
@@ -36,7 +44,7 @@ def test_a_missing_extra_is_told_with_the_command_that_installs_it(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(cli, "find_spec", lambda name: None if name == gone else importlib.util.find_spec(name))
-    assert cli.main(["validate", "tiny", *argv]) == 2
+    assert cli.main(["validate", "tiny", *argv]) == 3
     install = f'pip install "moe-dispatch[{extra}]"'
     message = f"moe-dispatch: {gone} cannot be imported, which this command needs; run: {install}\n"
     assert capsys.readouterr().err == message

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from torch import Tensor
+
 from moe_dispatch.lab.validate.config.tables import RowConfig, ValidateConfig
 from moe_dispatch.lab.validate.results import RowResult
 from moe_dispatch.testing import RankError
@@ -19,12 +21,12 @@ class Script:
     references: list[tuple[int, int, str]] = field(default_factory=list)
     launches: set[tuple[int, float]] = field(default_factory=set)  # (ranks, timeout)
 
-    def run_reference(self, config: ValidateConfig, row: RowConfig, dtype: str, text: bytes) -> str:
+    def run_reference(self, config: ValidateConfig, row: RowConfig, dtype: str, token_SBL: Tensor) -> str:
         self.references.append((row.batch, row.seq, dtype))
         return f"reference {row.batch} {row.seq} {dtype}"
 
     def run_row(
-        self, config: ValidateConfig, row: RowConfig, dtype: str, text: bytes, reference: str, mutant: str
+        self, config: ValidateConfig, row: RowConfig, dtype: str, token_SBL: Tensor, reference: str, mutant: str
     ) -> RowResult:
         assert reference == f"reference {row.batch} {row.seq} {dtype}"
         self.calls.append((row.name, dtype, mutant))

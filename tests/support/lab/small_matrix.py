@@ -6,6 +6,7 @@ from typing import Any, Self, TypeVar
 
 from moe_dispatch.lab.validate.config.load import load_config
 from moe_dispatch.lab.validate.config.tables import RowConfig, ValidateConfig
+from moe_dispatch.lab.validate.text import Corpus, batches_of_bytes, default_text
 from moe_dispatch.testing import RankPool
 from tests.support.lab.configs import CONFIGS
 
@@ -35,8 +36,17 @@ class PoolRanks:
     def __exit__(self, *_: object) -> None:
         pass
 
+    def at(self, place: str) -> None:
+        pass
+
     def run(self, fn: Callable[..., T], *args: Any) -> T:
         return self.pool.run(fn, self.size, *args, timeout=120)[0]
+
+
+def default_corpus(config: ValidateConfig) -> Corpus:
+    """The text that Python ships, for all rows of ``config``."""
+    shapes = [(row.batch, row.seq) for row in config.rows]
+    return batches_of_bytes(default_text(), shapes, steps=config.train.steps)
 
 
 def row(name: str, **values) -> RowConfig:

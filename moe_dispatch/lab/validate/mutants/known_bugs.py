@@ -14,6 +14,7 @@ from sp_attention import Batch, MeanLoss, ShardedBatch
 from sp_attention.call.inputs import AttentionInputs
 
 from .... import GroupedExperts, MoE, TokenSharding, TopKRouter, gather_tokens, place_tokens
+from ....layer.given import Given
 from ....plan.planner import Plan
 from ....plan.terms import Terms
 from ....wire.agreement import Statement
@@ -59,9 +60,9 @@ def positions_from_zero(right: Right) -> Wrong:
 def stale_plan(right: Right) -> Wrong:
     first_plans: dict[int, Plan] = {}
 
-    def plan(moe: MoE, scores_BlE: Tensor, terms: Terms) -> Plan:
+    def plan(moe: MoE, scores_BlE: Tensor, given: Given, terms: Terms) -> Plan:
         if id(moe) not in first_plans:
-            first_plans[id(moe)] = right(moe, scores_BlE, terms)
+            first_plans[id(moe)] = right(moe, scores_BlE, given, terms)
         return first_plans[id(moe)]
 
     return plan
@@ -151,9 +152,14 @@ def labels_shifted_in_shard(right: Right) -> Wrong:
 
 def loss_averaged_per_rank(right: Right) -> Wrong:
     def mean(
-        logits_BlV: Tensor, target_Bl: Tensor, *, group: dist.ProcessGroup, ignore_index: int = -100
+        logits_BlV: Tensor,
+        target_Bl: Tensor,
+        *,
+        group: dist.ProcessGroup,
+        ignore_index: int = -100,
+        num_targets: int | Tensor | None = None,
     ) -> MeanLoss:
-        found = right(logits_BlV, target_Bl, group=group, ignore_index=ignore_index)
+        found = right(logits_BlV, target_Bl, group=group, ignore_index=ignore_index, num_targets=num_targets)
         mine = max(int((target_Bl != ignore_index).sum()), 1)
         return replace(found, share=found.share * (found.num_targets / (mine * group.size())))
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,9 @@ import torch
 
 from moe_dispatch.lab import cli
 from moe_dispatch.lab.bench import command
+from moe_dispatch.lab.bench.config import WorkloadConfig
 from moe_dispatch.lab.bench.memory import ALLOCATOR
+from moe_dispatch.lab.bench.results import WorkloadResult
 from moe_dispatch.testing import RankThreads
 
 ADAPTERS = "tests.support.lab.adapters"
@@ -33,6 +36,9 @@ def test_a_run_prints_a_table_and_writes_json_and_a_plot(tmp_path: Path, capsys:
     assert plot_path.read_bytes().startswith(PNG)
     document = json.loads(json_path.read_text())
     assert document["passed"] is True
+    assert (document["status"], document["stopped"]) == (0, "")
+    assert document["command"].startswith("moe-dispatch bench bench_tiny --repeat 2 --workloads 'uneven, Zipf' ")
+    assert {"moe_dispatch", "commit", "host", "platform", "date", "python", "torch"} <= document.keys()
     (workload,) = document["workloads"]
     ours, weighing, textbook, careful, *floors = workload["lines"]
     assert weighing["name"] == "experts weigh"
@@ -45,19 +51,37 @@ def test_a_run_prints_a_table_and_writes_json_and_a_plot(tmp_path: Path, capsys:
 
 
 @pytest.mark.parametrize(
-    ("adapter", "told"),
+    ("adapter", "status", "told"),
     [
-        ("Unweighted", r"\n  Unweighted was refused: rank 0: the output is off by "),
-        ("Raises", r"\n  broke off: measure failed on \d of 2 ranks[\s\S]*no such kernel"),
+        ("Unweighted", 1, r"\n  Unweighted was refused: rank 0: the output is off by "),
+        ("Raises", 3, r"\n  broke off: measure failed on \d of 2 ranks[\s\S]*no such kernel"),
     ],
 )
 def test_a_wrong_contender_fails_the_run(
-    adapter: str, told: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    adapter: str, status: int, told: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(command, "RankPool", RankThreads)  # which cost no time to start
     argv = ["bench", "bench_tiny", "--repeat", "1", "--workloads", "even", "--adapter", f"{ADAPTERS}:{adapter}"]
-    assert cli.main(argv) == 1
+    assert cli.main(argv) == status
     assert re.search(told, capsys.readouterr().out)
+
+
+def test_a_signal_ends_the_run_with_the_workloads_that_finished(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def run_workload(workload: WorkloadConfig, _: object) -> WorkloadResult:
+        if workload.name == "uneven, Zipf":
+            signal.raise_signal(signal.SIGTERM)
+        return WorkloadResult(name=workload.name, kind="dispatch", shape="any")
+
+    monkeypatch.setattr(command, "run_workload", run_workload)
+    path = tmp_path / "out.json"
+    argv = ["bench", "bench_tiny", "--workloads", "even", "uneven, Zipf", "--json", str(path)]
+    assert cli.main(argv) == 143
+    assert "moe-dispatch: interrupted by SIGTERM\n" in capsys.readouterr().err
+    document = json.loads(path.read_text())
+    assert (document["passed"], document["stopped"]) == (False, "interrupted by SIGTERM")
+    assert [workload["name"] for workload in document["workloads"]] == ["even"]
 
 
 @pytest.mark.parametrize(

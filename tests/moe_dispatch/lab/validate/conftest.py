@@ -2,7 +2,7 @@
 
 import pytest
 
-from moe_dispatch.lab.desk import launch
+from moe_dispatch.lab.desk.ranks import launch
 from moe_dispatch.lab.validate import matrix
 from tests.support.lab.launches import SLURM, TORCHRUN
 from tests.support.lab.scripted_ranks import PoolInProcess, Script

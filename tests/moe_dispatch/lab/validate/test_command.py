@@ -2,13 +2,20 @@
 
 import json
 import os
+import signal
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from moe_dispatch.lab import cli
+from moe_dispatch.lab.desk.ranks.presence import Presence
 from moe_dispatch.lab.validate import matrix
 from moe_dispatch.lab.validate.mutants.mutants import MUTANTS
+from moe_dispatch.lab.validate.results import RowResult
+from tests.support.lab.launches import TORCHRUN, free_ports
 from tests.support.lab.scripted_ranks import Script
 
 ROWS = ("FSDP2 x2", "FSDP2 x2 + EP2", "TP2 + EP2")  # of tiny
@@ -48,11 +55,13 @@ def test_a_row_that_breaks_off_fails_the_run_and_the_next_still_runs(
 ) -> None:
     script.results["FSDP2 x2", ""] = "raise"
     path = tmp_path / "out.json"
-    assert cli.main(["validate", "tiny", "--json", str(path)]) == 1
+    assert cli.main(["validate", "tiny", "--json", str(path)]) == 3  # it differs nowhere, but it did not run
     assert len(script.calls) == 6
     out, _ = capsys.readouterr()
     assert out.count("ERROR") == 2
     assert "FSDP2 x2, float32, broke off: rank 1 raised\nsomething" in out
+    script.results["TP2 + EP2", ""] = "loss"
+    assert cli.main(["validate", "tiny"]) == 1
     row = json.loads(path.read_text())["rows"][0]
     assert (row["error"], row["shape"], row["mesh"]) == (
         "rank 1 raised\nsomething",
@@ -130,22 +139,129 @@ def test_a_file_that_cannot_be_written_in_the_end_is_told(
     script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def full(self: Path, *_: object, **__: object) -> int:
-        raise OSError(28, "No space left on device", str(self))
+        raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_text", full)
-    assert cli.main(["validate", "tiny", "--json", str(tmp_path / "out.json")]) == 2
+    assert cli.main(["validate", "tiny", "--json", str(tmp_path / "out.json")]) == 3
     out, err = capsys.readouterr()
     assert out.count(" agree ") == 6
-    assert "was not written (No space left on device)" in err
+    assert err.endswith(f"\nmoe-dispatch: {tmp_path}/out.json was not written (No space left on device)\n")
     assert os.listdir(tmp_path) == []
 
 
-def test_an_interrupt_ends_without_a_traceback(
+def test_a_plot_that_cannot_be_written_is_told_after_the_json(
+    script: Script, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out.png").symlink_to("/dev/full")
+    argv = ["validate", "tiny", "--json", str(tmp_path / "out.json"), "--plot", str(tmp_path / "out.png")]
+    assert cli.main(argv) == 3
+    assert capsys.readouterr().err.endswith("/out.png was not written (No space left on device)\n")
+    assert json.loads((tmp_path / "out.json").read_text())["passed"]
+
+
+def test_a_table_that_cannot_be_written_is_told(
     script: Script, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
+    stream = Path("/dev/full").open("w")  # noqa: SIM115  (it is closed when nothing is left to write)
+    monkeypatch.setattr(sys, "stdout", stream)
+    assert cli.main(["validate", "tiny"]) == 3
+    assert capsys.readouterr().err.endswith("moe-dispatch: the output: No space left on device\n")
+    stream.close()  # Python does so at its exit: now it goes nowhere
 
-    monkeypatch.setattr(matrix, "run_row", interrupt)
-    assert cli.main(["validate", "tiny"]) == 130
-    assert capsys.readouterr().err == "moe-dispatch: interrupted\n"
+
+def test_json_on_standard_output_is_alone_there(script: Script, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["validate", "tiny", "--json", "-"]) == 0
+    out, err = capsys.readouterr()
+    document = json.loads(out)
+    assert document["command"] == "moe-dispatch validate tiny --json -"
+    assert document["text"]["bytes"] > 400_000
+    assert err.count(" agree ") == 12  # each row as it ends, and in the table
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("finished", [0, 2])
+def test_a_signal_ends_the_run_with_the_rows_that_finished(
+    number: signal.Signals,
+    status: int,
+    finished: int,
+    script: Script,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    def run_row(*args: Any) -> RowResult:
+        if len(script.calls) == finished:
+            signal.raise_signal(number)
+        return script.run_row(*args)
+
+    before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    monkeypatch.setattr(matrix, "run_row", run_row)
+    paths = [tmp_path / name for name in ("out.json", "out.png")]
+    argv = ["validate", "tiny", "--json", str(paths[0]), "--plot", str(paths[1])]
+    assert cli.main(argv) == status
+    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
+    out, err = capsys.readouterr()
+    assert out.count(" agree ") == finished
+    assert err.endswith(f"moe-dispatch: interrupted by {number.name}\n")
+    assert not paths[1].exists()  # a plot does not say that it is of a part
+    document = json.loads(paths[0].read_text())
+    assert not document["passed"]
+    assert (document["stopped"], document["status"]) == (f"interrupted by {number.name}", status)
+    assert document["status_means"] == f"interrupted by {number.name}"
+    assert len(document["rows"]) == finished
+
+
+def test_a_signal_during_the_mutants_ends_them_too(
+    script: Script, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run_row(*args: Any) -> RowResult:
+        if len(script.calls) == 4:
+            raise KeyboardInterrupt
+        return script.run_row(*args)
+
+    for name in MUTANTS:
+        script.results["TP2 + EP2", name] = "logits"
+    monkeypatch.setattr(matrix, "run_row", run_row)
+    path = tmp_path / "out.json"
+    assert cli.main(["validate", "tiny", "--mutants", "--json", str(path)]) == 130
+    document = json.loads(path.read_text())
+    assert (document["passed"], document["stopped"]) == (False, "interrupted by SIGINT")
+    assert 0 < len(document["mutants"]) < len(MUTANTS)
+    assert "caught" in capsys.readouterr().out
+
+
+def test_a_model_that_does_not_fit_in_memory_is_told(
+    script: Script, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(matrix, "run_reference", lambda *_: torch.empty(2**60))
+    assert cli.main(["validate", "tiny"]) == 3
+    told = "moe-dispatch: row 'FSDP2 x2' does not fit in memory; make its batch, seq or model smaller\n"
+    assert capsys.readouterr().err == told
+
+
+def test_any_other_error_of_the_reference_is_ours_and_has_its_traceback(
+    script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(matrix, "run_reference", lambda *_: torch.ones(2) @ torch.ones(3))
+    with pytest.raises(RuntimeError, match="size"):
+        cli.main(["validate", "tiny"])
+
+
+def test_a_launched_rank_with_wrong_input_says_so_and_tells_its_peers(
+    script: Script, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nobody comes here, so it does not wait for long."""
+    (port,) = free_ports(1)
+    for name, value in (TORCHRUN | {"RANK": "0", "LOCAL_RANK": "0", "MASTER_PORT": port}).items():
+        monkeypatch.setenv(name, value)
+    met: list[str] = []
+    meet = Presence.meet
+
+    def watched(self: Presence, brought: str, *, timeout: float) -> list[str]:
+        met.append(brought)
+        return meet(self, brought, timeout=timeout)
+
+    monkeypatch.setattr(Presence, "meet", watched)
+    assert cli.main(["validate", "none.toml", "--timeout", "0.3"]) == 2
+    assert capsys.readouterr().err.startswith("moe-dispatch: config none.toml does not exist; name a TOML file")
+    assert [json.loads(text)["problem"][:20] for text in met] == ["config none.toml doe"]

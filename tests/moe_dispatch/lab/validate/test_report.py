@@ -5,6 +5,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -14,6 +15,7 @@ from moe_dispatch.lab.validate import report
 from moe_dispatch.lab.validate.config.load import load_config
 from moe_dispatch.lab.validate.matrix import MatrixRun, MutantRun, MutantsRun, ReferenceRun
 from moe_dispatch.lab.validate.results import RowResult
+from moe_dispatch.lab.validate.text import batches_of_bytes
 from tests.support.lab.configs import CONFIGS
 from tests.support.lab.made_up_results import AGREEING, broken_off, differing
 
@@ -25,6 +27,11 @@ BROKEN = broken_off(replace(AGREEING, name="broken"), "rank 1 raised\nsomething 
 
 def matrix(*rows: RowResult, mutant: str = "") -> MatrixRun:
     return MatrixRun(mutant=mutant, references=(REFERENCE,), rows=rows)
+
+
+def document(run: MatrixRun | MutantsRun) -> dict[str, Any]:
+    corpus = batches_of_bytes(b"abcdef", [(2, 3)], steps=1, name="t")
+    return report.document_of(CONFIG, run, text=corpus, origin={"host": "h"})
 
 
 def printed(run: MatrixRun | MutantsRun) -> list[str]:
@@ -101,9 +108,14 @@ def test_mutants_are_caught_only_by_rows_that_agree_without_them() -> None:
 
 def test_json_holds_every_number_and_the_verdict(tmp_path: Path) -> None:
     path = tmp_path / "out.json"
-    report.write_run(path, CONFIG, matrix(AGREEING, differing(AGREEING, "loss", math.nan), mutant="m"))
+    report.write_run(path, document(matrix(AGREEING, differing(AGREEING, "loss", math.nan), mutant="m")))
     found = json.loads(path.read_text(), parse_constant=pytest.fail)
     assert not found["passed"]
+    assert (found["status"], found["status_means"], found["stopped"]) == (1, "something differs", "")
+    assert found["host"] == "h"
+    assert found["text"]["name"] == "t"
+    assert (found["text"]["bytes"], found["text"]["used_bytes"]) == (6, 6)
+    assert len(found["text"]["sha256_of_used"]) == 64
     assert found["mutant"] == "m"
     assert found["config"]["rows"][2]["name"] == "TP2 + EP2"
     assert found["references"] == [{"dtype": "float64", "shape": [2, 3], "seconds": 0.5}]
@@ -125,7 +137,7 @@ def test_json_holds_every_number_and_the_verdict(tmp_path: Path) -> None:
 def test_json_of_mutants_tells_which_were_caught(tmp_path: Path) -> None:
     path = tmp_path / "out.json"
     runs = (mutant("a", DIFFERING), mutant("b", AGREEING), mutant("c"))
-    report.write_run(path, CONFIG, MutantsRun(controls=(AGREEING,), mutants=runs))
+    report.write_run(path, document(MutantsRun(controls=(AGREEING,), mutants=runs)))
     found = json.loads(path.read_text())
     assert [
         (run["could_show"], run["caught"], [row["disagreeing"] for row in run["rows"]]) for run in found["mutants"]

@@ -14,9 +14,8 @@ from moe_dispatch.lab.validate.config.tables import RowConfig, ValidateConfig
 from moe_dispatch.lab.validate.matrix import run_matrix
 from moe_dispatch.lab.validate.results import QUANTITIES, RowResult
 from moe_dispatch.lab.validate.run import reference_targets, run_reference, run_row
-from moe_dispatch.lab.validate.text import default_text
 from moe_dispatch.testing import RankPool
-from tests.support.lab.small_matrix import PACKED, PoolRanks, QuietWatcher, row, small_config
+from tests.support.lab.small_matrix import PACKED, PoolRanks, QuietWatcher, default_corpus, row, small_config
 
 T = TypeVar("T")
 ROWS = (
@@ -33,7 +32,7 @@ ROWS = (
 def test_every_kind_of_parallelism_agrees_with_one_process_in_float64(rank_pool: RankPool) -> None:
     config = small_config(*ROWS)
     ranks = PoolRanks(rank_pool, 4)
-    found = run_matrix(config, ROWS, default_text(), mutant="", ranks=ranks, watcher=QuietWatcher())
+    found = run_matrix(config, ROWS, default_corpus(config), mutant="", ranks=ranks, watcher=QuietWatcher())
     for result in found.rows:
         assert result.agrees, (result.name, result.differences)
         assert [difference.quantity for difference in result.differences] == list(QUANTITIES)
@@ -45,7 +44,7 @@ def test_every_kind_of_parallelism_agrees_with_one_process_in_float64(rank_pool:
 def test_float32_agrees_within_ten_times_what_was_measured(rank_pool: RankPool) -> None:
     config = small_config(ROWS[1], dtypes=("float32",))
     found = run_matrix(
-        config, config.rows, default_text(), mutant="", ranks=PoolRanks(rank_pool, 4), watcher=QuietWatcher()
+        config, config.rows, default_corpus(config), mutant="", ranks=PoolRanks(rank_pool, 4), watcher=QuietWatcher()
     )
     worst = max(difference.value for difference in found.rows[0].differences)
     assert 1e-9 < worst < 1e-5  # measured: 8e-7; exactly 0 would be float64 in disguise
@@ -59,8 +58,10 @@ def test_targets_of_the_reference_stop_at_documents_and_padding() -> None:
 
 def test_the_reference_of_one_process_learns_and_is_reproducible() -> None:
     config = small_config(ROWS[0])
-    first = run_reference(config, ROWS[0], "float64", default_text())
-    again = run_reference(config, ROWS[0], "float64", default_text())
+    token_SBL = default_corpus(config).token_SBL_of_shape[ROWS[0].batch, ROWS[0].seq]
+    one, other = (run_reference(config, ROWS[0], "float64", token_SBL) for _ in range(2))
+    assert one.noise == other.noise
+    first, again = one.training, other.training
     assert first.losses == again.losses
     assert first.losses[-1] < first.losses[0]
     assert all(torch.equal(gradient, again.gradients[name]) for name, gradient in first.gradients.items())
@@ -98,7 +99,7 @@ def test_rows_of_any_mesh_leave_no_thread_and_no_descriptor_behind(rank_pool: Ra
     config = small_config(*rows, *again, ranks=2)
     config = replace(config, train=replace(config.train, steps=1))
     ranks = CountingRanks(rank_pool, 2)
-    found = run_matrix(config, config.rows, default_text(), mutant="", ranks=ranks, watcher=QuietWatcher())
+    found = run_matrix(config, config.rows, default_corpus(config), mutant="", ranks=ranks, watcher=QuietWatcher())
     assert found.agrees
     first, *others = ranks.counts
     assert others == [first] * 5
@@ -120,7 +121,7 @@ class OneRankWithAnotherSeed(PoolRanks):
 def test_a_model_that_is_not_the_same_on_every_rank_is_an_error_and_no_difference(rank_pool: RankPool) -> None:
     config = small_config(row("tp2 ep2", tp=2, ep=2), row("sp2 ep2", sp=2, ep=2), ranks=2)
     ranks = OneRankWithAnotherSeed(rank_pool, 2)
-    found = run_matrix(config, config.rows, default_text(), mutant="", ranks=ranks, watcher=QuietWatcher())
+    found = run_matrix(config, config.rows, default_corpus(config), mutant="", ranks=ranks, watcher=QuietWatcher())
     broken, next_row = found.rows
     assert "embedding.weight is not the same on all ranks (rank [0]: (" in broken.error
     assert "build it from one seed" in broken.error
@@ -137,7 +138,7 @@ class OneRankOutOfOrder(PoolRanks):
 def test_a_row_that_breaks_off_is_told_and_the_next_one_runs(rank_pool: RankPool) -> None:
     config = small_config(row("tp2 ep2", tp=2, ep=2), row("sp2 ep2", sp=2, ep=2), ranks=2)
     ranks = OneRankOutOfOrder(rank_pool, 2)
-    found = run_matrix(config, config.rows, default_text(), mutant="", ranks=ranks, watcher=QuietWatcher())
+    found = run_matrix(config, config.rows, default_corpus(config), mutant="", ranks=ranks, watcher=QuietWatcher())
     broken, next_row = found.rows
     assert "rank 1 raised" in broken.error
     assert "this rank is out of order" in broken.error

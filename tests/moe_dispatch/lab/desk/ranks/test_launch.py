@@ -1,36 +1,48 @@
 """Where ranks come from: spawned, or those of a launcher."""
 
-import os
 import re
 
 import pytest
 import torch
-import torch.distributed as dist
 
-from moe_dispatch.lab.desk.launch import JoinedRanks, SpawnedRanks, find_ranks
-from tests.support.lab.launches import SLURM, TORCHRUN, free_ports
+from moe_dispatch.lab.desk.ranks.launch import MOST_SPAWNED, SpawnedRanks, find_launched, find_ranks
+from tests.support.lab.launches import SLURM, TORCHRUN
 
 
 def test_without_a_launcher_ranks_are_spawned() -> None:
     for environment in ({}, {"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, {"MASTER_ADDR": "x"}):
-        ranks = find_ranks(environment, size=3, timeout=5)
+        ranks = find_ranks(find_launched(environment), size=3, facts={}, timeout=5)
         assert isinstance(ranks, SpawnedRanks)
         assert (ranks.size, ranks.timeout, ranks.is_main) == (3, 5, True)
 
 
+def test_more_ranks_than_a_machine_can_have_are_refused() -> None:
+    find_ranks(None, size=MOST_SPAWNED, facts={}, timeout=5)
+    message = (
+        "the config has ranks = 65; this command spawns at most 64 on one machine: start more with torchrun or srun"
+    )
+    with pytest.raises(ValueError, match=message):
+        find_ranks(None, size=MOST_SPAWNED + 1, facts={}, timeout=5)
+
+
 @pytest.mark.parametrize("environment", [TORCHRUN, SLURM])
-def test_the_ranks_of_a_launcher_are_joined(environment: dict[str, str]) -> None:
-    assert find_ranks(environment, size=2, timeout=5) == JoinedRanks(rank=1, size=2, local_rank=1)
+def test_the_ranks_of_a_launcher_are_found(environment: dict[str, str]) -> None:
+    launched = find_launched(environment)
+    assert launched
+    assert (launched.rank, launched.size, launched.local_rank) == (1, 2, 1)
+    assert (str(launched.point), launched.point.has_store) == ("127.0.0.1:29500", False)
 
 
-def test_a_joined_rank_is_in_the_process_group_while_the_context_lasts(monkeypatch: pytest.MonkeyPatch) -> None:
-    alone = TORCHRUN | {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": free_ports(1)[0]}
-    for name, value in alone.items():
-        monkeypatch.setenv(name, value)
-    with find_ranks(os.environ, size=1, timeout=5) as ranks:
-        assert ranks.is_main
-        assert ranks.run(dist.get_world_size) == 1
-    assert not dist.is_initialized()
+def test_a_restart_by_torchrun_begins_anew_in_the_store_of_its_agent() -> None:
+    agent = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "2"}
+    first, later = (
+        find_launched(TORCHRUN | agent | {"TORCHELASTIC_RESTART_COUNT": "0"}),
+        find_launched(TORCHRUN | agent),
+    )
+    assert first
+    assert later
+    assert first.point.has_store
+    assert first.point.prefix != later.point.prefix
 
 
 SPAWN_TORCHRUN = "to have validate spawn its ranks instead, unset RANK and WORLD_SIZE"
@@ -66,6 +78,10 @@ SPAWN_SLURM = "to have validate spawn its ranks instead, unset SLURM_PROCID"
             "first node) and MASTER_PORT (a free port) for all of them; " + SPAWN_SLURM,
         ),
         (
+            TORCHRUN | {"MASTER_PORT": "65536"},
+            "MASTER_PORT is 65536; it has to be at most 65535, e.g. 29500; " + SPAWN_TORCHRUN,
+        ),
+        (
             TORCHRUN | {"MASTER_PORT": "http"},
             "MASTER_PORT is 'http'; a started rank needs it as a number: launch with torchrun or srun; "
             + SPAWN_TORCHRUN,
@@ -76,7 +92,7 @@ def test_a_launch_that_cannot_work_is_refused_on_each_rank_by_itself(
     environment: dict[str, str], message: str
 ) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        find_ranks(environment, size=2, timeout=5)
+        find_ranks(find_launched(environment), size=2, facts={}, timeout=5)
 
 
 def test_more_ranks_than_devices_on_a_node_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,4 +100,4 @@ def test_more_ranks_than_devices_on_a_node_are_refused(monkeypatch: pytest.Monke
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     message = "rank 1 has LOCAL_RANK = 1, but its node has 1 CUDA devices; a rank needs its own: start at most 1"
     with pytest.raises(ValueError, match=message):
-        find_ranks(TORCHRUN, size=2, timeout=5)
+        find_launched(TORCHRUN)

@@ -1,0 +1,1 @@
+"""Where the ranks of a tool come from, and what joined ones tell each other."""
