@@ -1,6 +1,7 @@
 """Which experts a token goes to, and with what weight."""
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -30,8 +31,8 @@ class TopKRouter(nn.Module):
 
     Attributes:
         weight_ED: the gate.
-        expert_bias_E: added to the scores for the choice; float32, part of the state dict, moved by
-            :meth:`update_bias`.
+        expert_bias_E: added to the scores for the choice; float32, also where the model is cast to less; part of the
+            state dict, moved by :meth:`update_bias`.
 
     Raises:
         ValueError: numbers that do not fit together.
@@ -81,6 +82,14 @@ class TopKRouter(nn.Module):
         nn.init.normal_(self.weight_ED, std=self.dim**-0.5)
         nn.init.zeros_(self.expert_bias_E)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """``model.bfloat16()`` would round the bias, and so send tokens to other experts."""
+        bias_E = self.expert_bias_E
+        super()._apply(fn, recurse)
+        if self.expert_bias_E.itemsize < torch.float32.itemsize:
+            self.expert_bias_E = bias_E.to(self.expert_bias_E.device, torch.float32)
+        return self
+
     def forward(self, x_BlD: Tensor) -> Tensor:
         """(..., D) tokens -> (..., E) scores in float32, or float64 for float64."""
         dtype = torch.promote_types(x_BlD.dtype, torch.float32)
@@ -123,7 +132,8 @@ class TopKRouter(nn.Module):
         if self.expert_bias_E.dtype not in (torch.float32, torch.float64):
             raise ValueError(
                 f"expert_bias_E is {self.expert_bias_E.dtype}, in which small steps are lost; keep it in float32, "
-                "e.g. router.expert_bias_E = router.expert_bias_E.float() after casting the model"
+                "e.g. router.expert_bias_E = router.expert_bias_E.float() after load_state_dict(assign=True), and "
+                "MixedPrecision(buffer_dtype=torch.float32) for FSDP1"
             )
         # In integers: float32 counts to 2 ** 24, and a mean of counts is seldom one of its numbers.
         load_E = load_E if load_E.is_floating_point() else load_E.to(torch.int64)

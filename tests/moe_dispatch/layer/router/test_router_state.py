@@ -65,7 +65,8 @@ def test_small_steps_add_up() -> None:
 
 
 def test_a_bias_in_low_precision_is_refused() -> None:
-    router = TopKRouter(DIM, 4, 2, score="sigmoid").bfloat16()
+    router = TopKRouter(DIM, 4, 2, score="sigmoid")
+    router.load_state_dict({name: x.bfloat16() for name, x in router.state_dict().items()}, assign=True)
     with pytest.raises(
         ValueError, match=r"torch\.bfloat16, in which small steps are lost; keep it in float32"
     ) as caught:
@@ -75,6 +76,23 @@ def test_a_bias_in_low_precision_is_refused() -> None:
     router.update_bias(torch.tensor([1, 0, 0, 0]), rate=0.001)
     assert router.expert_bias_E.tolist() == pytest.approx([-0.001, 0.001, 0.001, 0.001])
     router.double().update_bias(torch.tensor([1, 0, 0, 0]), rate=0.001)
+
+
+@pytest.mark.parametrize("cast", ["bfloat16", "half", "to", "to_empty"])
+def test_a_cast_of_the_model_leaves_the_bias_in_float32(cast: str) -> None:
+    """Rounded to bfloat16, 1 + 1e-3 and 1 would be the same, and tokens went to other experts."""
+    bias_E = torch.tensor([1.0, 1.0 + 1e-3, 1.0, 1.0])
+    router = TopKRouter(DIM, 4, 2, score="sigmoid")
+    router.expert_bias_E.copy_(bias_E)
+    model = torch.nn.ModuleDict({"router": router})
+    if cast == "to_empty":
+        model.to("meta").bfloat16().to_empty(device="cpu")
+    else:
+        model.to(torch.bfloat16) if cast == "to" else getattr(model, cast)()
+        assert torch.equal(router.expert_bias_E, bias_E)
+    assert router.expert_bias_E.dtype == torch.float32
+    assert router.weight_ED.dtype == (torch.float16 if cast == "half" else torch.bfloat16)
+    assert model.double()["router"].expert_bias_E.dtype == torch.float64
 
 
 # ---- construction ----------------------------------------------------------------------------------
