@@ -7,12 +7,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..wire.exchange import check_is_group
+from .copies import table_of_experts, with_gradient
 from .parameters import Parameters, device_of, is_on_mesh
 from .summable import why_not_summable
 from .tables import Table, compare_tables, facts_of
 
 BUCKET_BYTES = 2**25  # of one all-reduce: enough to fill the wire, little beside the gradients
 ALONE_BYTES = 2**22  # from here on two copies cost more than a message: a gradient travels alone, as it lies
+REMEDY = (
+    "build the model alike on all ranks, freeze the same parameters, and put experts over the ranks that hold the "
+    'same ones (build_mesh(...).expert["edp"])'
+)
 
 
 @torch.no_grad()
@@ -43,7 +48,8 @@ def sum_gradients(
     Raises:
         RankMistakeError: on every rank of ``group``: groups or meshes that leave ranks out, DistributedDataParallel
             or FSDP1 around a part of the model (they reduce by themselves), FSDP2 that averages, a sparse gradient.
-        DisagreementError: on every rank: parameters of other names, shapes, dtypes or ``requires_grad``.
+        DisagreementError: on every rank: parameters of other names, shapes, dtypes or ``requires_grad``; ranks that
+            hold other experts among those of ``expert_group``, or of a mesh that experts are on.
     """
     for checked in (group, *(() if expert_group is None else (expert_group,))):
         check_is_group(checked)
@@ -51,12 +57,9 @@ def sum_gradients(
     experts = {name: weight for name, weight in parameters.experts.items() if not is_on_mesh(weight)}
     replicas = [group.rank()] if expert_group is None else dist.get_process_group_ranks(expert_group)
     same_replicated, same_experts = compare_tables(
-        [
-            _table(parameters.replicated, "every rank"),
-            _table(experts, f"experts of {replicas}"),
-        ],
+        [_table(parameters.replicated), table_of_experts(parameters, replicas)],
         problem=why_not_summable(model, parameters, group, expert_group),
-        remedy="build the model alike on all ranks, and freeze the same parameters",
+        remedy=REMEDY,
         group=group,
     )
     _sum(list(parameters.replicated.values()), group, same_replicated)
@@ -64,11 +67,10 @@ def sum_gradients(
         _sum(list(experts.values()), expert_group, same_experts)
 
 
-def _table(parameters: dict[str, nn.Parameter], scope: str) -> Table:
+def _table(parameters: dict[str, nn.Parameter]) -> Table:
     """Facts that have to be equal; as the note, which of the parameters have a gradient."""
     lines = {name: facts_of(weight) for name, weight in parameters.items()}
-    note = "".join("01"[weight.grad is not None] for weight in parameters.values())
-    return Table(lines=lines, note=note, scope=scope)
+    return Table(lines=lines, note=with_gradient(parameters), scope="every rank")
 
 
 def _sum(parameters: Sequence[nn.Parameter], group: dist.ProcessGroup, same_everywhere: bool) -> None:

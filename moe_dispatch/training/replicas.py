@@ -10,8 +10,11 @@ from torch import Tensor, nn
 
 from ..layer.moe import MoE
 from ..wire.exchange import check_is_group
-from .parameters import is_on_mesh, local_part, no_values, tensors_of_experts
+from .copies import table_of_experts
+from .parameters import Parameters, is_on_mesh, local_part, no_values, tensors_of_experts
 from .tables import Table, compare_tables, facts_of
+
+REMEDY = "what every rank holds has to be equal: build it from one seed, load it, or broadcast it"
 
 
 @torch.no_grad()
@@ -20,10 +23,11 @@ def check_replicated(model: nn.Module, *, group: dist.ProcessGroup) -> None:
     frozen, and the values of every parameter and buffer.
 
     Left out are experts of :class:`MoE` layers and their counts (``load_E``, ``report``), which are each rank's own.
-    Of a DTensor that is sharded, shape and placements are compared, and no values.
+    Of a DTensor that is sharded, shape and placements are compared, and no values. Experts on a mesh have to be the
+    same experts on all of its ranks.
 
     Call it once, when the model was built or loaded. Values are copied to the host one tensor at a time and hashed
-    there, at about half a GB a second. One exchange of 32 bytes per pair of ranks; only where they differ, a line per
+    there, at about half a GB a second. One exchange of 64 bytes per pair of ranks; only where they differ, a line per
     name follows.
 
     Args:
@@ -38,9 +42,9 @@ def check_replicated(model: nn.Module, *, group: dist.ProcessGroup) -> None:
     problem = next(filter(None, (_unreadable(name, tensor) for name, tensor in tensors.items())), "")
     lines = {} if problem else {name: _line(tensor) for name, tensor in tensors.items()}
     compare_tables(
-        [Table(lines=lines)],
+        [Table(lines=lines), table_of_experts(Parameters.of(model), [group.rank()])],
         problem=problem,
-        remedy="what every rank holds has to be equal: build it from one seed, load it, or broadcast it",
+        remedy=REMEDY,
         group=group,
     )
 

@@ -15,7 +15,10 @@ from moe_dispatch.testing import RankPool, RankThreads
 from tests.support.dispatch.training import LAYOUTS
 from tests.support.ranks import refusal, world
 
-ALIKE = "; build the model alike on all ranks, and freeze the same parameters"
+ALIKE = (
+    "; build the model alike on all ranks, freeze the same parameters, and put experts over the ranks that hold the "
+    'same ones (build_mesh(...).expert["edp"])'
+)
 
 
 def differing(rank: int, what: str) -> str:
@@ -79,8 +82,8 @@ def of_experts(rank: int) -> str:
 
 def test_copies_of_experts_that_differ_are_told_to_all_ranks(rank_threads: RankThreads) -> None:
     text = (
-        "moe.experts.gate_eDF is not the same on all ranks (rank [0]: (3, 8, 12) of torch.float64, trained; rank "
-        "[2]: (3, 8, 12) of torch.float64, frozen), and 2 more like it" + ALIKE
+        "moe.experts.gate_eDF is not the same on all ranks (rank [0]: (3, 8, 12) of torch.float64, trained, experts "
+        "0 to 2; rank [2]: (3, 8, 12) of torch.float64, frozen, experts 0 to 2), and 2 more like it" + ALIKE
     )
     assert rank_threads.run(of_experts, 4) == [text] * 4
 

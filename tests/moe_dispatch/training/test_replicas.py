@@ -161,5 +161,5 @@ def cost(rank: int) -> tuple[list[str], int]:
     return counts.collectives, counts.wire_bytes
 
 
-def test_ranks_that_agree_exchange_32_bytes(rank_pool: RankPool) -> None:
-    assert rank_pool.run(cost, 3) == [(["c10d::alltoall_base_"], 2 * 32)] * 3
+def test_ranks_that_agree_exchange_64_bytes(rank_pool: RankPool) -> None:
+    assert rank_pool.run(cost, 3) == [(["c10d::alltoall_base_"], 2 * 64)] * 3
