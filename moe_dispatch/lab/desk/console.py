@@ -38,6 +38,12 @@ def print_lines(console: Console, lines: Iterable[str]) -> None:
         console.print(Text(line), soft_wrap=True)
 
 
+def print_verdict(console: Console, verdict: str, *, fine: bool) -> None:
+    """The last line of a report, after an empty one; green or red on a terminal."""
+    console.print()
+    console.print(Text(verdict, "bold green" if fine else "bold red"), soft_wrap=True)
+
+
 class ProgressDisplay:
     """A line per finished step and, on a terminal, a bar below them. A context manager.
 

@@ -19,9 +19,10 @@ from ..desk.provenance import provenance, versions
 from ..desk.ranks.launch import Launched, Ranks, find_launched, find_ranks
 from .config.load import load_config
 from .config.tables import RowConfig, ValidateConfig
-from .matrix import MatrixRun, MutantsRun, run_matrix, run_mutants
+from .matrix import run_matrix, run_mutants
 from .mutants.mutants import MUTANTS
 from .report import document_of, print_matrix, print_mutants, write_run
+from .runs import MatrixRun, MutantsRun
 from .text import Corpus, batches_of_bytes, batches_of_file, default_text
 
 MOST_TELL_SECONDS = 60.0  # that a rank with wrong input waits for its peers to come and hear of it

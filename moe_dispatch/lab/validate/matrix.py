@@ -1,17 +1,17 @@
 """The loops of the main job: every row of the matrix in every dtype, and every mutant in its row."""
 
 import time
-from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Protocol
 
 from ...testing import RankError
-from ..desk.exits import COULD_NOT_RUN, DIFFERS, FINE, CouldNotRun, Stop
+from ..desk.exits import CouldNotRun, Stop
 from ..desk.ranks.launch import Ranks
 from .config.tables import RowConfig, ValidateConfig
 from .mutants.mutants import Mutant
 from .results import RowResult
 from .run import Reference, run_reference, run_row
+from .runs import MatrixRun, MutantRun, MutantsRun, ReferenceRun, catches
 from .text import Corpus
 
 
@@ -21,90 +21,6 @@ class Watcher(Protocol):
     def started(self, what: str) -> None: ...
 
     def finished(self, what: str, outcome: str) -> None: ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReferenceRun:
-    """One process, with (B, L) = ``shape``: what rows of that shape and dtype were compared with."""
-
-    dtype: str
-    shape: tuple[int, int]
-    seconds: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MatrixRun:
-    """What a run of the matrix found; ``mutant`` is the name of the bug that was put in, empty for none.
-
-    ``stop`` is what ended the run before its last row.
-    """
-
-    mutant: str
-    references: tuple[ReferenceRun, ...]
-    rows: tuple[RowResult, ...]
-    stop: Stop = field(default_factory=Stop)
-
-    @property
-    def agrees(self) -> bool:
-        return not self.stop.status and all(row.agrees for row in self.rows)
-
-    @property
-    def status(self) -> int:
-        """The exit status."""
-        return self.stop.status or status_of(self.rows)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MutantRun:
-    """A mutant and the rows that ran with it. They end with the first row that caught it. There are none where it can
-    show in no row of the config."""
-
-    name: str
-    description: str
-    rows: tuple[RowResult, ...]
-
-    @property
-    def could_show(self) -> bool:
-        return bool(self.rows)
-
-    @property
-    def caught(self) -> bool:
-        return self.could_show and _catches(self.rows[-1])
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MutantsRun:
-    """Every mutant, and as controls their rows without one: a row that differs anyway catches nothing.
-
-    ``stop`` is what ended the run before its last row; then some mutants are missing.
-    """
-
-    controls: tuple[RowResult, ...]
-    mutants: tuple[MutantRun, ...]
-    stop: Stop = field(default_factory=Stop)
-
-    @property
-    def all_caught(self) -> bool:
-        """Whether every mutant that could show was."""
-        showing = [run for run in self.mutants if run.could_show]
-        agree = all(row.agrees for row in self.controls) and all(run.caught for run in showing)
-        return agree and not self.stop.status
-
-    @property
-    def status(self) -> int:
-        """The exit status."""
-        missed = [run for run in self.mutants if run.could_show and not run.caught]
-        if all(row.error for run in missed for row in run.rows):  # a row that broke off catches and misses nothing
-            return self.stop.status or status_of((*self.controls, *(row for run in missed for row in run.rows)))
-        return self.stop.status or DIFFERS
-
-
-def status_of(rows: Iterable[RowResult]) -> int:
-    """The exit status of rows that all ought to agree."""
-    rows = list(rows)
-    if any(not row.agrees and not row.error for row in rows):
-        return DIFFERS
-    return COULD_NOT_RUN if any(row.error for row in rows) else FINE
 
 
 def run_matrix(
@@ -132,7 +48,8 @@ def run_matrix(
                     results.append(runner.run(row, mutant))
     except (CouldNotRun, KeyboardInterrupt) as error:
         stop = Stop.of(error)
-    return MatrixRun(mutant=mutant, references=tuple(references), rows=tuple(results), stop=stop)
+    planned = len(config.dtypes) * len(rows)
+    return MatrixRun(mutant=mutant, planned=planned, references=tuple(references), rows=tuple(results), stop=stop)
 
 
 def run_mutants(
@@ -159,7 +76,8 @@ def run_mutants(
                 runs.append(_run_mutant(mutant, rows, runner, control_of_row))
     except (CouldNotRun, KeyboardInterrupt) as error:
         stop = Stop.of(error)
-    return MutantsRun(controls=tuple(control_of_row.values()), mutants=tuple(runs), stop=stop)
+    controls = tuple(control_of_row.values())
+    return MutantsRun(planned=len(mutants), controls=controls, mutants=tuple(runs), stop=stop)
 
 
 def _run_mutant(
@@ -170,14 +88,9 @@ def _run_mutant(
         if row.name not in control_of_row:
             control_of_row[row.name] = runner.run(row, "")
         results.append(runner.run(row, mutant.name))
-        if _catches(results[-1]):
+        if catches(results[-1]):
             break
     return MutantRun(name=mutant.name, description=mutant.description, rows=tuple(results))
-
-
-def _catches(row: RowResult) -> bool:
-    """Whether a quantity differs. A row that broke off catches nothing: no quantity was compared."""
-    return not row.error and not row.agrees
 
 
 def _demand(row: RowConfig) -> tuple[int, int, int]:
@@ -216,11 +129,10 @@ class _RowRunner:
         return result
 
     def _reference(self, row: RowConfig) -> Reference:
-        shape = (row.batch, row.seq)
         if row.data not in self._reference_of_data:
             self._started(f"{self.dtype}  one process, {row.batch} x {row.seq}")
             start = time.perf_counter()
-            token_SBL = self.text.token_SBL_of_shape[shape]
+            token_SBL = self.text.token_SBL_of_shape[row.batch, row.seq]
             try:
                 self._reference_of_data[row.data] = run_reference(self.config, row, self.dtype, token_SBL)
             except (MemoryError, RuntimeError) as error:
@@ -230,8 +142,14 @@ class _RowRunner:
                     f"row {row.name!r} does not fit in memory; make its batch, seq or model smaller"
                 ) from error
             seconds = time.perf_counter() - start
-            self.references.append(ReferenceRun(dtype=self.dtype, shape=shape, seconds=seconds))
+            self._note(row, seconds)
         return self._reference_of_data[row.data]
+
+    def _note(self, row: RowConfig, seconds: float) -> None:
+        shape, special = (row.batch, row.seq), row.special(self.config.model)
+        if any((run.dtype, run.shape, run.special) == (self.dtype, shape, special) for run in self.references):
+            special += f", as {row.name}"  # e.g. documents of the same number in other places
+        self.references.append(ReferenceRun(dtype=self.dtype, shape=shape, special=special, seconds=seconds))
 
     def _started(self, what: str) -> None:
         self.watcher.started(what)

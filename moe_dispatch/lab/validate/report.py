@@ -8,12 +8,12 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from ..desk.console import new_table, print_lines
+from ..desk.console import new_table, print_lines, print_verdict
 from ..desk.output import write_json
 from ..desk.provenance import outcome
 from .config.tables import ValidateConfig
-from .matrix import MatrixRun, MutantsRun
 from .results import QUANTITIES, RowResult
+from .runs import MatrixRun, MutantsRun
 from .text import Corpus
 
 MESH = "dp sp tp ep"
@@ -21,21 +21,23 @@ VERDICTS = ("agrees", "disagreeing", "could_show", "caught")
 
 
 def print_matrix(console: Console, run: MatrixRun) -> None:
-    """The table of a run, then one line for each quantity that differs and each row that broke off."""
+    """The table of a run, a line for each quantity that differs and each row that broke off, and the verdict."""
     table = new_table("row", MESH, "B x L", "dtype", "logits", "loss", "gradients", "loss curve", "verdict", "s")
     for reference in run.references:
         shape = f"{reference.shape[0]} x {reference.shape[1]}"
         unmeasured = [""] * len(QUANTITIES)
-        table.add_row("one process", "", shape, reference.dtype, *unmeasured, "reference", f"{reference.seconds:.1f}")
+        name = ", ".join(filter(None, ("one process", reference.special)))
+        table.add_row(Text(name), "", shape, reference.dtype, *unmeasured, "reference", f"{reference.seconds:.1f}")
     table.add_section()
     for row in run.rows:
         table.add_row(*_cells(row))
     console.print(table)
     print_lines(console, _disagreements(run.rows))
+    print_verdict(console, run.verdict, fine=run.agrees)
 
 
 def print_mutants(console: Console, run: MutantsRun) -> None:
-    """The table of all mutants: which quantity caught each, in which row."""
+    """The table of all mutants: which quantity caught each, in which row. Then the verdict."""
     table = new_table("mutant", "what it does", "row", "caught by", "verdict")
     for row in run.controls:
         table.add_row("(none)", "control: has to agree", Text(row.name), "", _verdict(row))
@@ -52,6 +54,7 @@ def print_mutants(console: Console, run: MutantsRun) -> None:
     console.print(table)
     broken = [row for mutant in run.mutants if not mutant.caught for row in mutant.rows if row.error]
     print_lines(console, _disagreements([*run.controls, *broken]))
+    print_verdict(console, run.verdict, fine=run.all_caught)
 
 
 def document_of(
@@ -64,6 +67,7 @@ def document_of(
         **origin,
         "text": {"name": text.name, "bytes": text.size, "used_bytes": text.used, "sha256_of_used": text.digest},
         "config": asdict(config),
+        "verdict": run.verdict,
         **{key: _plain(value) for key, value in _fields(run).items() if key != "stop"},
     }
 

@@ -86,6 +86,15 @@ class RowConfig:
         """What one process needs to know of the row: rows with the same have the same reference."""
         return self.batch, self.seq, self.heads, self.documents, self.window
 
+    def special(self, model: ModelConfig) -> str:
+        """What is unlike a row of (B, L) with the model's heads, in words; empty where nothing is."""
+        parts = [f"{self.heads} head{'' if self.heads == 1 else 's'}"] if self.heads != model.heads else []
+        if self.documents:
+            parts.append(f"{len(self.documents)} document{'' if len(self.documents) == 1 else 's'}")
+        if self.window >= 0:
+            parts.append(f"window {self.window}")
+        return ", ".join(parts)
+
     @property
     def mesh(self) -> str:
         return f"dp {self.dp}, sp {self.sp}, tp {self.tp}, ep {self.ep}"

@@ -13,20 +13,20 @@ from rich.console import Console
 from moe_dispatch.lab.desk.console import WIDTH
 from moe_dispatch.lab.validate import report
 from moe_dispatch.lab.validate.config.load import load_config
-from moe_dispatch.lab.validate.matrix import MatrixRun, MutantRun, MutantsRun, ReferenceRun
 from moe_dispatch.lab.validate.results import RowResult
+from moe_dispatch.lab.validate.runs import MatrixRun, MutantRun, MutantsRun, ReferenceRun
 from moe_dispatch.lab.validate.text import batches_of_bytes
 from tests.support.lab.configs import CONFIGS
 from tests.support.lab.made_up_results import AGREEING, broken_off, differing
 
 CONFIG = load_config(CONFIGS / "validate" / "tiny.toml")
-REFERENCE = ReferenceRun(dtype="float64", shape=(2, 3), seconds=0.5)
+REFERENCE = ReferenceRun(dtype="float64", shape=(2, 3), special="", seconds=0.5)
 DIFFERING = differing(replace(AGREEING, name="wrong [red]"), "gradients", 0.25)
 BROKEN = broken_off(replace(AGREEING, name="broken"), "rank 1 raised\nsomething [bold]")
 
 
 def matrix(*rows: RowResult, mutant: str = "") -> MatrixRun:
-    return MatrixRun(mutant=mutant, references=(REFERENCE,), rows=rows)
+    return MatrixRun(mutant=mutant, planned=len(rows), references=(REFERENCE,), rows=rows)
 
 
 def document(run: MatrixRun | MutantsRun) -> dict[str, Any]:
@@ -59,10 +59,12 @@ def test_table_tells_what_differs_where_and_what_broke_off() -> None:
     same = "2 1 2 4 2 x 3 float64"
     assert f"wrong [red] {same} 2.0e-16 2.0e-16 2.5e-01 blocks.0.weight 2.0e-16 DIFFERS: gradients 1.2" in lines
     assert f"broken {same} - - - - ERROR 1.2" in lines
-    assert lines[-3:] == [
+    assert lines[-5:] == [
         "wrong [red], float64: gradients off by 2.5e-01 (tolerance 1e-10), most at blocks.0.weight",
         "broken, float64, broke off: rank 1 raised",
         "something [bold]",
+        "",
+        '1 of 2 rows differs: "wrong [red]" in float64; 1 of 2 rows could not run: "broken" in float64; 0 agree',
     ]
 
 
@@ -78,6 +80,7 @@ def mutant(name: str, *rows: RowResult) -> MutantRun:
 
 def test_mutants_table_tells_which_quantity_in_which_row_caught_each() -> None:
     run = MutantsRun(
+        planned=4,
         controls=(replace(AGREEING, name="TP2 [red]"),),
         mutants=(
             mutant("late", AGREEING, DIFFERING),
@@ -95,15 +98,16 @@ def test_mutants_table_tells_which_quantity_in_which_row_caught_each() -> None:
         "elsewhere the elsewhere bug none in which it could show not run",
         "broken, float64, broke off: rank 1 raised",
         "something [bold]",
+        "1 of 3 mutants caught; 1 could show in none of the rows; 1 of 1 control agrees",
     ]
 
 
 def test_mutants_are_caught_only_by_rows_that_agree_without_them() -> None:
     caught = mutant("caught", DIFFERING)
-    assert MutantsRun(controls=(AGREEING,), mutants=(caught,)).all_caught
-    assert not MutantsRun(controls=(DIFFERING,), mutants=(caught,)).all_caught
-    assert not MutantsRun(controls=(AGREEING,), mutants=(caught, mutant("broken", BROKEN))).all_caught
-    assert MutantsRun(controls=(AGREEING,), mutants=(caught, mutant("shows in no row"))).all_caught
+    assert MutantsRun(planned=1, controls=(AGREEING,), mutants=(caught,)).all_caught
+    assert not MutantsRun(planned=1, controls=(DIFFERING,), mutants=(caught,)).all_caught
+    assert not MutantsRun(planned=2, controls=(AGREEING,), mutants=(caught, mutant("broken", BROKEN))).all_caught
+    assert MutantsRun(planned=2, controls=(AGREEING,), mutants=(caught, mutant("shows in no row"))).all_caught
 
 
 def test_json_holds_every_number_and_the_verdict(tmp_path: Path) -> None:
@@ -118,7 +122,8 @@ def test_json_holds_every_number_and_the_verdict(tmp_path: Path) -> None:
     assert len(found["text"]["sha256_of_used"]) == 64
     assert found["mutant"] == "m"
     assert found["config"]["rows"][2]["name"] == "TP2 + EP2"
-    assert found["references"] == [{"dtype": "float64", "shape": [2, 3], "seconds": 0.5}]
+    assert found["references"] == [{"dtype": "float64", "shape": [2, 3], "special": "", "seconds": 0.5}]
+    assert found["verdict"].startswith("1 of 2 rows differs: ")
     row, wrong = found["rows"]
     assert row["agrees"]
     assert row["rows_sent_PP"][3] == [13, 14, 15, 16]
@@ -137,7 +142,7 @@ def test_json_holds_every_number_and_the_verdict(tmp_path: Path) -> None:
 def test_json_of_mutants_tells_which_were_caught(tmp_path: Path) -> None:
     path = tmp_path / "out.json"
     runs = (mutant("a", DIFFERING), mutant("b", AGREEING), mutant("c"))
-    report.write_run(path, document(MutantsRun(controls=(AGREEING,), mutants=runs)))
+    report.write_run(path, document(MutantsRun(planned=3, controls=(AGREEING,), mutants=runs)))
     found = json.loads(path.read_text())
     assert [
         (run["could_show"], run["caught"], [row["disagreeing"] for row in run["rows"]]) for run in found["mutants"]
