@@ -87,7 +87,10 @@ def of_layer(rank: int, names: Sequence[str], kind: Kind, case: Case) -> tuple[s
         return wrong_policies(names, block, x_BlD.detach(), gradients)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+SWEPT = {kind: (pytest.mark.sweep,) for kind in KINDS if kind != "hierarchical"}  # which has the others in it
+
+
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=SWEPT.get(kind, ())) for kind in KINDS])
 def test_a_layer_by_each_kind_of_plan(rank_threads: RankThreads, kind: Kind) -> None:
     case = Case(seq=(3, 1, 0, 2), experts=(2, 0, 3, 1), top_k=3)
     assert_every_policy_is_right(rank_threads, 4, of_layer, kind, case)
@@ -116,7 +119,12 @@ def of_attention(rank: int, names: Sequence[str], option: str) -> tuple[set[str]
     return wrong_policies(names, block, x_BlD, list)
 
 
-@pytest.mark.parametrize("option", OPTIONS)
+IN_SHORT = {"window", "dropout", "documents"}
+
+
+@pytest.mark.parametrize(
+    "option", [pytest.param(name, marks=() if name in IN_SHORT else (pytest.mark.sweep,)) for name in OPTIONS]
+)
 def test_attention_with_each_option(rank_threads: RankThreads, option: str) -> None:
     assert_every_policy_is_right(rank_threads, 3, of_attention, option)
 

@@ -77,10 +77,7 @@ def training(rank: int, dtype: torch.dtype) -> list[float]:
 
 @pytest.mark.parametrize(
     "dtype",
-    [
-        torch.bfloat16,
-        *(pytest.param(dtype, marks=pytest.mark.sweep) for dtype in (torch.float16, torch.float32, torch.float64)),
-    ],
+    [pytest.param(dtype, marks=pytest.mark.sweep) for dtype in TOLERANCE],  # one is in tests/composed/test_table.py
 )
 def test_training_with_the_default_backend(rank_pool: RankPool, dtype: torch.dtype) -> None:
     """The word of the call has a signalling NaN in it, as bfloat16. What travels as floats must not change in a copy,
