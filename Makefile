@@ -6,7 +6,7 @@ STAMP := .venv/.installed
 WORKERS ?= 2
 DOCS_STAMP := .venv/.docs_installed
 
-.PHONY: example validate test sweep check docs lint types format clean
+.PHONY: example validate test sweep hosts check docs lint types format clean
 
 example: $(STAMP)
 	$(BIN)/python examples/block.py
@@ -19,6 +19,10 @@ test: $(STAMP)
 
 sweep: $(STAMP)
 	$(BIN)/python -m pytest -q -m sweep -n $(WORKERS) --dist worksteal
+
+# As root: it makes two network namespaces with a link, and removes them.
+hosts: $(STAMP)
+	$(BIN)/python -m pytest -q -m hosts tests/hosts
 
 check: test lint types
 

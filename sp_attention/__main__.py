@@ -3,7 +3,9 @@
 Random float64 tensors, on the CPU, against :func:`reference_attention`: outputs and the gradients of q, k and v.
 """
 
+import argparse
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -144,7 +146,14 @@ def report(pool: RankPool) -> int:
     return int(status)
 
 
-def main() -> int:
+def main(arguments: Sequence[str] = ()) -> int:
+    """The exit status; wrong usage ends in SystemExit(2), as argparse has it."""
+    parser = argparse.ArgumentParser(
+        prog="python -m sp_attention",
+        description=f"Compare attention over {RANKS} ranks with one, on the CPU, in cases that go wrong elsewhere.",
+        epilog="It takes no arguments. Exit status: 0 if all cases agree, 1 if not.",
+    )
+    parser.parse_args(arguments)
     print(f"attention over {RANKS} ranks and on one, float64: max |difference|, at most {TOLERANCE:g}\n", flush=True)
     with RankPool() as pool:
         return report(pool)
@@ -154,4 +163,4 @@ if __name__ == "__main__":
     # Ranks import functions by the name of their module, which is not "__main__" there.
     from sp_attention.__main__ import main as main_by_name
 
-    sys.exit(main_by_name())
+    sys.exit(main_by_name(sys.argv[1:]))

@@ -2,6 +2,8 @@
 
 import inspect
 import math
+import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +14,21 @@ def check_call(ranks: int, timeout: float) -> None:
         raise ValueError(f"ranks is {ranks!r}; it has to be an int of at least 1: run(fn, ranks, *args)")
     if not isinstance(timeout, int | float) or isinstance(timeout, bool) or not 0 < timeout < math.inf:
         raise ValueError(f"timeout is {timeout!r}; it has to be a number of seconds above 0: timeout=60")
+
+
+def check_main(fn: Callable[..., Any]) -> None:
+    """ValueError where a new process cannot import what the caller's program is, e.g. standard input."""
+    main = sys.modules["__main__"]
+    if getattr(main, "__spec__", None) is not None:  # python -m
+        return
+    path = getattr(main, "__file__", None)
+    is_from_main = getattr(fn, "__module__", "") == "__main__"
+    if (path is None and is_from_main) or (path is not None and not os.path.exists(path)):
+        raise ValueError(
+            f"{name_of(fn)} cannot be called on ranks that are processes: a rank imports the caller's program, which "
+            "is in no file here (standard input, python -c, a notebook); put the function into a module, or use "
+            "RankThreads"
+        )
 
 
 def name_of(fn: Callable[..., Any]) -> str:

@@ -43,5 +43,10 @@ def rank_timeout(fact: str, size: int, stacks: Mapping[int, str]) -> RankTimeout
 
 
 def out_of_time(name: str, size: int, stacks: Mapping[int, str], timeout: float) -> RankTimeout:
+    """As :func:`rank_timeout`. A rank whose stack is empty did not answer where it stands."""
+    silent = [str(rank) for rank, stack in stacks.items() if not stack]
     fact = f"{name} did not finish within {timeout:g} s on ranks {sorted(stacks)} of {size}"
+    if silent:
+        ranks = f"rank{'s' * (len(silent) > 1)} {', '.join(silent)}"
+        fact = f"{fact}, and {ranks} did not answer: stopped, or stuck outside of Python"
     return rank_timeout(f"{fact}; if it is only slow, pass a longer timeout=", size, stacks)

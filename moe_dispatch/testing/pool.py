@@ -18,8 +18,8 @@ import sys
 from collections.abc import Callable
 from typing import Any, Self, TypeVar
 
-from .call import check_call, name_of
-from .team import Team
+from .call import check_call, check_main, name_of
+from .processes.team import Team
 
 T = TypeVar("T")
 
@@ -41,7 +41,7 @@ class RankPool:
                 so what ``fn`` leaves behind (module state) is there in the next. Groups are not: all but the default
                 one are destroyed, also those behind a DeviceMesh.
             args: the same for every rank. Arguments and results are pickled, tensors included.
-            timeout: seconds for the call. Spawning, before a size's first call, has its own limit (120 s).
+            timeout: seconds for the call. Spawning, before a size's first call, may take as long, and at least 120 s.
 
         Raises:
             ValueError: an argument that cannot work. Nothing was sent; the ranks live on.
@@ -51,10 +51,11 @@ class RankPool:
         if self._closed:
             raise ValueError("this RankPool is closed; a closed pool runs nothing: make a new one")
         check_call(ranks, timeout)
+        check_main(fn)
         case = _pickle_case(fn, args)
         team = self._teams.pop(ranks, None) or Team(ranks)
         try:
-            team.start()
+            team.start(timeout)
             results = team.run(name_of(fn), case, timeout)
         except BaseException:  # KeyboardInterrupt too. Their group may hold half a collective: not again
             team.end()

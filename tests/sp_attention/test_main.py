@@ -71,9 +71,28 @@ def test_the_command_in_a_process_of_its_own() -> None:
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 @pytest.mark.parametrize("status", [0, 1])
 def test_the_exit_status_is_that_of_the_report(status: int) -> None:
-    with mock.patch.object(program, "report", return_value=status), pytest.raises(SystemExit) as exit_info:
+    argv = mock.patch.object(sys, "argv", ["sp_attention"])
+    with argv, mock.patch.object(program, "report", return_value=status), pytest.raises(SystemExit) as exit_info:
         runpy.run_module("sp_attention", run_name="__main__")
     assert exit_info.value.code == status
+
+
+@pytest.mark.parametrize(
+    ("argument", "status", "told"),
+    [
+        ("--help", 0, "Exit status: 0 if all cases agree, 1 if not."),
+        ("tiny", 2, "unrecognized arguments: tiny"),
+        ("--ranks", 2, "unrecognized arguments: --ranks"),
+    ],
+)
+def test_help_and_wrong_arguments_run_nothing(
+    argument: str, status: int, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with mock.patch.object(program, "RankPool", side_effect=AssertionError), pytest.raises(SystemExit) as exit_info:
+        program.main([argument])
+    assert exit_info.value.code == status
+    out, err = capsys.readouterr()
+    assert told in (err if status else out)
 
 
 def table(pool: RankPool, capsys: pytest.CaptureFixture[str]) -> tuple[int, list[list[str]]]:

@@ -8,8 +8,12 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from ... import Partition
+from ...plan.ids.format import MOST_EXPERTS
 from ..desk.config_file import STRICT, checked, read_toml, refusal
 
+MOST_RANKS = 64  # processes of this machine, 0.3 GB each
+MOST_WIDTH = 2**20
+MOST_TOKENS = 2**31
 Dtype = Literal["bfloat16", "float16", "float32", "float64"]
 
 
@@ -19,14 +23,14 @@ class DispatchConfig:
     often to time it in one repetition."""
 
     name: str = Field(min_length=1, examples=['"a"'])
-    ranks: int = Field(ge=1, examples=[4])
+    ranks: int = Field(ge=1, le=MOST_RANKS, examples=[4])
     tokens: int | tuple[int, ...] = Field(description="an int, or a list with one int per rank", examples=[2048])
-    dim: int = Field(ge=1, examples=[1024])
-    experts: int = Field(ge=1, examples=[32])
-    top_k: int = Field(ge=1, examples=[8])
+    dim: int = Field(ge=1, le=MOST_WIDTH, examples=[1024])
+    experts: int = Field(ge=1, le=MOST_EXPERTS, examples=[32])
+    top_k: int = Field(ge=1, le=MOST_EXPERTS, examples=[8])
     dtype: Dtype = Field(examples=["bfloat16"])
-    zipf: float = Field(default=0.0, ge=0, examples=[1.0])
-    turns: int = Field(default=1, ge=1, examples=[1])
+    zipf: float = Field(default=0.0, ge=0, le=100.0, examples=[1.0])
+    turns: int = Field(default=1, ge=1, le=10000, examples=[1])
 
     @property
     def tokens_per_rank(self) -> tuple[int, ...]:
@@ -52,14 +56,14 @@ class UlyssesConfig:
     """Attention over ranks: ``seq`` tokens of each row cut as evenly as can be, or a list, one length per rank."""
 
     name: str = Field(min_length=1, examples=['"a"'])
-    ranks: int = Field(ge=1, examples=[4])
-    batch: int = Field(ge=1, examples=[2])
+    ranks: int = Field(ge=1, le=MOST_RANKS, examples=[4])
+    batch: int = Field(ge=1, le=MOST_WIDTH, examples=[2])
     seq: int | tuple[int, ...] = Field(description="an int, or a list with one int per rank", examples=[4096])
-    heads: int = Field(ge=1, examples=[16])
-    kv_heads: int = Field(ge=1, examples=[4])
-    head_dim: int = Field(ge=1, examples=[64])
+    heads: int = Field(ge=1, le=MOST_WIDTH, examples=[16])
+    kv_heads: int = Field(ge=1, le=MOST_WIDTH, examples=[4])
+    head_dim: int = Field(ge=1, le=MOST_WIDTH, examples=[64])
     dtype: Dtype = Field(examples=["bfloat16"])
-    turns: int = Field(default=1, ge=1, examples=[1])
+    turns: int = Field(default=1, ge=1, le=10000, examples=[1])
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -125,4 +129,6 @@ def _problem_of_sizes(key: str, sizes: tuple[int, ...], ranks: int) -> str:
         return f"{key} has {len(sizes)} numbers for {ranks} ranks; give one for each, or a single number"
     if min(sizes) < 0 or not sum(sizes):
         return f"{key} is {sizes}; numbers have to be at least 0, and one of them above"
+    if max(sizes) > MOST_TOKENS:
+        return f"{key} is {max(sizes)}; it has to be at most {MOST_TOKENS}"
     return ""

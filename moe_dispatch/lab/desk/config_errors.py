@@ -39,7 +39,7 @@ def problem_text(
     fact = "is missing" if problem == "missing" else f"is {found!r}"
     if field is None:
         return f"{key} {fact}; it has to be {_rule_of_entry(annotation)}"
-    return f"{key} {fact}; it has to be {_rule(field)}, e.g. {_example(str(steps[-1]), field)}"
+    return f"{key} {fact}; it has to be {_rule(field, problem)}, e.g. {_example(str(steps[-1]), field)}"
 
 
 def _resolved(location: Location, kind: type) -> tuple[list[str | int], list[str], FieldInfo | None, Any]:
@@ -82,7 +82,8 @@ def _key(steps: Location, table: Mapping[str, Any], entry: str) -> str:
     return key
 
 
-def _rule(field: FieldInfo) -> str:
+def _rule(field: FieldInfo, problem: str) -> str:
+    """What its values have to be. Upper limits are far from what anybody means: only who is above one hears of it."""
     if field.description:
         return field.description
     if get_origin(field.annotation) is Literal:
@@ -90,7 +91,8 @@ def _rule(field: FieldInfo) -> str:
         return f"{', '.join(others)} or {last}"
     bounds = [f"of at least {bound.ge:g}" for bound in field.metadata if hasattr(bound, "ge")]
     bounds += [f"above {bound.gt:g}" for bound in field.metadata if hasattr(bound, "gt")]
-    bounds += [f"at most {bound.le}" for bound in field.metadata if hasattr(bound, "le")]
+    if problem == "less_than_equal":
+        bounds += [f"at most {bound.le}" for bound in field.metadata if hasattr(bound, "le")]
     return " ".join([dict(WORDS).get(field.annotation, "another value"), " and ".join(bounds)]).rstrip()
 
 
@@ -100,6 +102,8 @@ def _rule_of_entry(annotation: Any) -> str:
         return f"one of {', '.join(get_args(annotation))}"
     if hasattr(annotation, "__pydantic_fields__"):
         return "a table"
+    if get_origin(annotation) is tuple and ... not in get_args(annotation):
+        return f"a list of {len(get_args(annotation))} numbers"
     return dict(WORDS).get(annotation, "a list")
 
 

@@ -28,5 +28,5 @@ def find_config(name: str, *, tool: str, what: str = "config") -> Path:
     folders = (Path(), Path("configs"), Path("configs", tool))
     if given.parent in folders and given.suffix in ("", ".toml") and given.stem in packaged:
         return packaged[given.stem]
-    fact = "is a directory" if given.is_dir() else "does not exist"
+    fact = "is a directory" if given.is_dir() else "is no regular file" if given.exists() else "does not exist"
     raise ValueError(f"config {name} {fact}; name a TOML file, or a packaged {what}: {choices(given.stem, packaged)}")

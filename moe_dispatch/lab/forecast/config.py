@@ -18,11 +18,11 @@ Dtype = Literal["float64", "float32", "bfloat16", "float16"]
 class ModelDims:
     """What dispatch needs to know of an MoE layer. ``groups`` and ``limited_groups``: node-limited routing."""
 
-    dim: int = Field(ge=1, examples=[7168])
+    dim: int = Field(ge=1, le=2**20, examples=[7168])
     experts: int = Field(ge=1, le=MOST_EXPERTS, examples=[256])
-    top_k: int = Field(ge=1, examples=[8])
-    groups: int = Field(default=1, ge=1, examples=[8])
-    limited_groups: int = Field(default=1, ge=1, examples=[4])
+    top_k: int = Field(ge=1, le=MOST_EXPERTS, examples=[8])
+    groups: int = Field(default=1, ge=1, le=MOST_EXPERTS, examples=[8])
+    limited_groups: int = Field(default=1, ge=1, le=MOST_EXPERTS, examples=[4])
     dtype: Dtype = Field(examples=["bfloat16"])
     weight_dtype: Dtype = Field(examples=["float32"])
 
@@ -32,18 +32,18 @@ class Load:
     """Tokens on each rank, and the exponent of Zipf's law among experts (0: all alike)."""
 
     tokens_per_rank: int = Field(ge=1, le=2**31, examples=[4096])  # counts of bytes fit in an int64
-    zipf: float = Field(ge=0, examples=[0.5])
+    zipf: float = Field(ge=0, le=100.0, examples=[0.5])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
 class Cluster:
     """Gigabytes (1e9) per second of one rank in each direction, and microseconds that a collective takes at least."""
 
-    nodes: int = Field(ge=1, examples=[8])
-    ranks_per_node: int = Field(ge=1, examples=[8])
-    intra_gb_s: float = Field(gt=0, examples=[160.0])
-    inter_gb_s: float = Field(gt=0, examples=[50.0])
-    latency_us: float = Field(ge=0, examples=[30.0])
+    nodes: int = Field(ge=1, le=MOST_RANKS, examples=[8])
+    ranks_per_node: int = Field(ge=1, le=MOST_RANKS, examples=[8])
+    intra_gb_s: float = Field(gt=0, le=1e9, examples=[160.0])
+    inter_gb_s: float = Field(gt=0, le=1e9, examples=[50.0])
+    latency_us: float = Field(ge=0, le=1e9, examples=[30.0])
 
     @property
     def ranks(self) -> int:

@@ -3,6 +3,7 @@
 import importlib.util
 import subprocess
 import sys
+import tomllib
 
 import pytest
 
@@ -48,6 +49,13 @@ def test_a_missing_extra_is_told_with_the_command_that_installs_it(
     install = f'pip install "moe-dispatch[{extra}]"'
     message = f"moe-dispatch: {gone} cannot be imported, which this command needs; run: {install}\n"
     assert capsys.readouterr().err == message
+
+
+def test_type_checkers_of_users_see_our_types() -> None:
+    """PEP 561. The wheel has every file of the two packages."""
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+    assert packages["packages"] == ["moe_dispatch", "sp_attention"]
+    assert all((ROOT / package / "py.typed").read_text() == "" for package in packages["packages"])
 
 
 def test_parsing_the_command_line_imports_no_extra() -> None:

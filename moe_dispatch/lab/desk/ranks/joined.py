@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import time
 import traceback
 from collections import defaultdict
@@ -15,6 +14,7 @@ from typing import Any, Self, TypeVar
 import torch
 import torch.distributed as dist
 
+from ....testing.processes.rank_process import missing_interface
 from ....testing.worlds import MadeGroups
 from ..exits import MAY_BE_LEFT, CouldNotRun
 from .presence import MeetingPoint, Presence
@@ -196,16 +196,3 @@ def disagreement(brought: Sequence[Mapping[str, Any]]) -> str:
         return ""
     more = f"; and {len(told) - MOST_DIFFERENCES} more" if len(told) > MOST_DIFFERENCES else ""
     return f"the ranks were started differently: {'; '.join(told[:MOST_DIFFERENCES])}{more}; start all of them alike"
-
-
-def missing_interface(environment: Mapping[str, str]) -> str:
-    """What is wrong with GLOO_SOCKET_IFNAME; empty where nothing is."""
-    wanted = environment.get("GLOO_SOCKET_IFNAME", "")
-    there = [name for _, name in socket.if_nameindex()]
-    missing = [name for name in wanted.split(",") if name and name not in there]
-    if not missing:
-        return ""
-    return (
-        f"GLOO_SOCKET_IFNAME is {wanted!r}, but this machine has no network interface {' or '.join(missing)}, only "
-        f"{', '.join(there)}; set it to the one that leads to the other ranks, or unset it"
-    )

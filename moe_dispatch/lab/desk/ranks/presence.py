@@ -15,7 +15,7 @@ from threading import Event, Thread
 
 from torch.distributed import PrefixStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-from ..exits import CouldNotRun
+from ..exits import MAY_BE_LEFT, CouldNotRun
 
 PULSE_SECONDS = 0.5
 SILENT_SECONDS = 3.0  # without a sign: six pulses
@@ -107,7 +107,7 @@ class Presence:
         self._signs = [Sign()] * size
         self._heard = [time.monotonic()] * size  # when a rank last said something new
         self._answered = time.monotonic()  # when the store last did
-        self._thread = Thread(target=self._pulse, daemon=True)
+        self._thread = Thread(target=self._pulse, name=MAY_BE_LEFT, daemon=True)
 
     def meet(self, brought: str, *, timeout: float) -> list[str]:
         """What every rank brought, in rank order.

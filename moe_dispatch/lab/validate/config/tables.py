@@ -5,49 +5,53 @@ from typing import Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from ....plan.ids.format import MOST_EXPERTS
 from ...desk.config_file import STRICT
+
+MOST_RANKS = 1024
+MOST_WIDTH = 2**20  # what is below may still not fit in memory, which the run says
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
 class ModelConfig:
     """Dimensions of the DeepSeek-style model; ``q_lora_rank`` 0: queries straight from the hidden state."""
 
-    dim: int = Field(ge=1, examples=[64])
-    vocab: int = Field(ge=256, examples=[256])  # a token is a byte
-    layers: int = Field(ge=1, examples=[3])
-    dense_layers: int = Field(ge=0, examples=[1])
-    dense_hidden: int = Field(ge=1, examples=[128])
-    heads: int = Field(ge=1, examples=[4])
-    q_lora_rank: int = Field(ge=0, examples=[24])
-    kv_lora_rank: int = Field(ge=1, examples=[16])
-    nope_head_dim: int = Field(ge=1, examples=[16])
-    rope_head_dim: int = Field(ge=2, examples=[8])
-    value_head_dim: int = Field(ge=1, examples=[12])
-    experts: int = Field(ge=1, examples=[8])
-    top_k: int = Field(ge=1, examples=[3])
-    shared_experts: int = Field(ge=0, examples=[1])
-    expert_hidden: int = Field(ge=1, examples=[32])
-    groups: int = Field(ge=1, examples=[1])
-    limited_groups: int = Field(ge=1, examples=[1])
+    dim: int = Field(ge=1, le=MOST_WIDTH, examples=[64])
+    vocab: int = Field(ge=256, le=MOST_WIDTH, examples=[256])  # a token is a byte
+    layers: int = Field(ge=1, le=1024, examples=[3])
+    dense_layers: int = Field(ge=0, le=1024, examples=[1])
+    dense_hidden: int = Field(ge=1, le=MOST_WIDTH, examples=[128])
+    heads: int = Field(ge=1, le=1024, examples=[4])
+    q_lora_rank: int = Field(ge=0, le=MOST_WIDTH, examples=[24])
+    kv_lora_rank: int = Field(ge=1, le=MOST_WIDTH, examples=[16])
+    nope_head_dim: int = Field(ge=1, le=MOST_WIDTH, examples=[16])
+    rope_head_dim: int = Field(ge=2, le=MOST_WIDTH, examples=[8])
+    value_head_dim: int = Field(ge=1, le=MOST_WIDTH, examples=[12])
+    experts: int = Field(ge=1, le=MOST_EXPERTS, examples=[8])
+    top_k: int = Field(ge=1, le=MOST_EXPERTS, examples=[3])
+    shared_experts: int = Field(ge=0, le=1024, examples=[1])
+    expert_hidden: int = Field(ge=1, le=MOST_WIDTH, examples=[32])
+    groups: int = Field(ge=1, le=MOST_EXPERTS, examples=[1])
+    limited_groups: int = Field(ge=1, le=MOST_EXPERTS, examples=[1])
     score: Literal["sigmoid", "softmax"] = Field(examples=["sigmoid"])
     normalize: bool = Field(examples=["true"])
-    route_scale: float = Field(gt=0, examples=[2.5])
-    balance_coefficient: float = Field(ge=0, examples=[0.001])
-    bias_rate: float = Field(ge=0, examples=[0.001])
-    rope_theta: float = Field(gt=0, examples=[10000.0])
-    norm_eps: float = Field(gt=0, examples=[1e-6])
+    route_scale: float = Field(gt=0, le=1e6, examples=[2.5])
+    balance_coefficient: float = Field(ge=0, le=1e6, examples=[0.001])
+    bias_rate: float = Field(ge=0, le=1e6, examples=[0.001])
+    rope_theta: float = Field(gt=0, le=1e12, examples=[10000.0])
+    norm_eps: float = Field(gt=0, le=1.0, examples=[1e-6])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
 class TrainConfig:
     """A global batch of ``batch`` rows of ``seq`` tokens, ``steps`` steps of AdamW."""
 
-    batch: int = Field(ge=1, examples=[3])
-    seq: int = Field(ge=1, examples=[129])
-    steps: int = Field(ge=1, examples=[4])
-    learning_rate: float = Field(gt=0, examples=[0.003])
-    weight_decay: float = Field(ge=0, examples=[0.1])
-    seed: int = Field(ge=0, examples=[0])
+    batch: int = Field(ge=1, le=MOST_WIDTH, examples=[3])
+    seq: int = Field(ge=1, le=MOST_WIDTH, examples=[129])
+    steps: int = Field(ge=1, le=100000, examples=[4])
+    learning_rate: float = Field(gt=0, le=1e3, examples=[0.003])
+    weight_decay: float = Field(ge=0, le=1e3, examples=[0.1])
+    seed: int = Field(ge=0, le=2**63 - 1, examples=[0])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
@@ -69,17 +73,17 @@ class RowConfig:
     """
 
     name: str = Field(min_length=1, examples=['"FSDP2 + TP2"'])
-    dp: int = Field(default=1, ge=1, examples=[2])
-    sp: int = Field(default=1, ge=1, examples=[1])
-    tp: int = Field(default=1, ge=1, examples=[2])
-    ep: int = Field(default=1, ge=1, examples=[2])
-    batch: int = Field(ge=1, examples=[3])
-    seq: int = Field(ge=1, examples=[129])
-    heads: int = Field(ge=1, examples=[4])
+    dp: int = Field(default=1, ge=1, le=MOST_RANKS, examples=[2])
+    sp: int = Field(default=1, ge=1, le=MOST_RANKS, examples=[1])
+    tp: int = Field(default=1, ge=1, le=MOST_RANKS, examples=[2])
+    ep: int = Field(default=1, ge=1, le=MOST_RANKS, examples=[2])
+    batch: int = Field(ge=1, le=MOST_WIDTH, examples=[3])
+    seq: int = Field(ge=1, le=MOST_WIDTH, examples=[129])
+    heads: int = Field(ge=1, le=1024, examples=[4])
     documents: tuple[tuple[int, int], ...] = Field(
         default=(), description="a list of [tokens, places]", examples=["[[40, 48], [50, 50]]"]
     )
-    window: int = Field(default=-1, ge=-1, examples=[-1])
+    window: int = Field(default=-1, ge=-1, le=MOST_WIDTH, examples=[-1])
 
     @property
     def data(self) -> tuple[int, int, int, tuple[tuple[int, int], ...], int]:
@@ -104,7 +108,7 @@ class RowConfig:
 class ValidateConfig:
     """All of a validate run. Every row of the matrix uses all ``ranks``."""
 
-    ranks: int = Field(ge=1, examples=[4])
+    ranks: int = Field(ge=1, le=MOST_RANKS, examples=[4])
     dtypes: tuple[Literal["float32", "float64"], ...] = Field(
         min_length=1, description="a list", examples=['["float32", "float64"]']
     )

@@ -93,6 +93,7 @@ WRONG_INPUT = [
     ),
     (["elsewhere/tiny.toml"], "config elsewhere/tiny.toml does not exist"),
     (["tests"], "config tests is a directory; name a TOML file"),
+    (["/dev/null"], "config /dev/null is no regular file; name a TOML file"),
     (
         ["tiny", "--rows", "TP2"],
         "no row of the config is named 'TP2'; choose from: 'FSDP2 x2', .* (did you mean ",

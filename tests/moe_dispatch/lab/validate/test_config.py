@@ -51,6 +51,27 @@ def test_config_is_frozen_and_survives_pickling(tmp_path: Path) -> None:
 
 
 WRONG_VALUES = [
+    (
+        "dim = 32",
+        "dim = 99999999999",
+        "model.dim is 99999999999; it has to be an int of at least 1 and at most 1048576, e.g. dim = 64",
+    ),
+    (
+        "seed = 0",
+        "seed = 18446744073709551616",
+        "train.seed is 18446744073709551616; it has to be an int of at least 0 and at most 9223372036854775807, e.g. "
+        "seed = 0",
+    ),
+    (
+        "learning_rate = 3e-3",
+        "learning_rate = 1e30",
+        "train.learning_rate is 1e+30; it has to be a number above 0 and at most 1000.0, e.g. learning_rate = 0.003",
+    ),
+    (
+        "ranks = 2",
+        "ranks = 1025",
+        "ranks is 1025; it has to be an int of at least 1 and at most 1024, e.g. ranks = 4",
+    ),
     ("dim = 32", "", "model.dim is missing; it has to be an int of at least 1, e.g. dim = 64"),
     ("dim = 32", "dim = '32'", "model.dim is '32'; it has to be an int of at least 1, e.g. dim = 64"),
     ("dim = 32", "dim = 0", "model.dim is 0; it has to be an int of at least 1, e.g. dim = 64"),
@@ -88,6 +109,11 @@ WRONG_VALUES = [
         'name = "TP2 + EP2"',
         'name = ""',
         'rows[2].name (row "") is \'\'; it has to be a non-empty string, e.g. name = "FSDP2 + TP2"',
+    ),
+    (
+        'name = "TP2 + EP2"',
+        'name = "TP2 + EP2"\ndocuments = [[1, 2, 3]]',
+        'rows[2].documents[0] (row "TP2 + EP2") is [1, 2, 3]; it has to be a list of 2 numbers',
     ),
     (
         'name = "TP2 + EP2"',
@@ -172,3 +198,9 @@ def test_a_file_that_cannot_be_read_is_told_apart(tmp_path: Path) -> None:
     for name in ("", "latin.toml"):
         with pytest.raises(ConfigError, match=r"cannot be read \(.*\); name a readable TOML file"):
             load_config(tmp_path / name)
+
+
+def test_a_byte_order_mark_is_no_mistake(tmp_path: Path) -> None:
+    path = tmp_path / "my.toml"
+    path.write_text("\ufeff" + TINY_TEXT)
+    assert load_config(path) == load_config(CONFIGS / "validate" / "tiny.toml")

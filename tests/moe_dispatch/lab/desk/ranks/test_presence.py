@@ -1,7 +1,7 @@
 """What joined ranks know of each other, as threads over one store."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -14,12 +14,13 @@ from moe_dispatch.lab.desk.ranks.presence import MeetingPoint, Presence
 from tests.support.lab.launches import free_ports
 
 T = TypeVar("T")
+Meet = Callable[[int], list[Presence]]
 POINT = MeetingPoint(host="127.0.0.1", port=29500, has_store=False, prefix="p")
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("PULSE_SECONDS", 0.05), ("SILENT_SECONDS", 0.5), ("LEAVE_SECONDS", 2.0)):
+    for name, value in (("PULSE_SECONDS", 0.05), ("SILENT_SECONDS", 1.5), ("LEAVE_SECONDS", 8.0)):
         monkeypatch.setattr(presence, name, value)
 
 
@@ -32,14 +33,23 @@ def at_once(calls: list[Callable[[], T]]) -> list[T]:
         return list(pool.map(lambda call: call(), calls))
 
 
-def met(size: int) -> list[Presence]:
-    """Ranks that know of each other."""
-    ranks = ranks_of(HashStore(), size)
-    at_once([lambda rank=rank: rank.meet("x", timeout=5) for rank in ranks])
-    for rank in ranks:
-        rank.start()
-    time.sleep(0.2)
-    return ranks
+@pytest.fixture
+def met() -> Iterator[Callable[[int], list[Presence]]]:
+    """Makes ranks that know of each other. Their threads end before Python does, which would not survive them."""
+    made: list[Presence] = []
+
+    def meet(size: int) -> list[Presence]:
+        ranks = ranks_of(HashStore(), size)
+        at_once([lambda rank=rank: rank.meet("x", timeout=30) for rank in ranks])
+        for rank in ranks:
+            rank.start()
+        made.extend(ranks)
+        time.sleep(0.2)
+        return ranks
+
+    yield meet
+    for rank in made:
+        rank.stop()
 
 
 def test_ranks_that_meet_know_what_each_brought() -> None:
@@ -63,7 +73,7 @@ def test_ranks_that_do_not_come_are_named_on_all_that_did() -> None:
     assert set(texts) == {texts[0]}
 
 
-def test_a_rank_that_gives_no_sign_any_more_is_missed_on_every_other() -> None:
+def test_a_rank_that_gives_no_sign_any_more_is_missed_on_every_other(met: Meet) -> None:
     ranks = met(3)
     assert [rank.diagnosis() for rank in ranks] == ["", "", ""]
     ranks[1].place = "row 7"
@@ -73,7 +83,7 @@ def test_a_rank_that_gives_no_sign_any_more_is_missed_on_every_other() -> None:
     assert told == ["rank 1 does not answer: it ended, is stopped, or the link is down (last seen at row 7)"] * 2
 
 
-def test_of_ranks_that_leave_the_first_is_to_blame_and_knows_it() -> None:
+def test_of_ranks_that_leave_the_first_is_to_blame_and_knows_it(met: Meet) -> None:
     ranks = met(3)
     ranks[2].leave("it fell over")
     time.sleep(0.2)
@@ -83,14 +93,14 @@ def test_of_ranks_that_leave_the_first_is_to_blame_and_knows_it() -> None:
     assert [rank.diagnosis() for rank in ranks] == ["rank 2 ended: it fell over"] * 2 + [""]
 
 
-def test_a_rank_that_is_missed_is_to_blame_before_those_that_left_for_it() -> None:
+def test_a_rank_that_is_missed_is_to_blame_before_those_that_left_for_it(met: Meet) -> None:
     ranks = met(3)
     ranks[1].stop()
     ranks[0].leave("connection closed")
     assert ranks[2].diagnosis().startswith("rank 1 does not answer")
 
 
-def test_ranks_at_another_place_are_told() -> None:
+def test_ranks_at_another_place_are_told(met: Meet) -> None:
     ranks = met(2)
     ranks[0].place = "row 2"
     time.sleep(0.2)
@@ -99,7 +109,7 @@ def test_ranks_at_another_place_are_told() -> None:
     assert ranks[1].elsewhere() == ""
 
 
-def test_the_rank_with_the_store_stays_until_the_others_have_read_why_it_leaves() -> None:
+def test_the_rank_with_the_store_stays_until_the_others_have_read_why_it_leaves(met: Meet) -> None:
     ranks = met(2)
     ranks[0].leave("so be it")
 
@@ -116,8 +126,8 @@ def test_the_rank_with_the_store_stays_until_the_others_have_read_why_it_leaves(
         return see_off(ranks[1])
 
     first, second = at_once([lambda: see_off(ranks[0]), leave_late])
-    assert 1.2 < first < 1.9
-    assert second < 0.5
+    assert 1.2 < first < 7.0
+    assert second < 5.0
 
 
 def test_a_store_that_nobody_opened_and_one_that_cannot_be_opened_are_told() -> None:

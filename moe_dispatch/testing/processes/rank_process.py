@@ -2,25 +2,24 @@
 
 import faulthandler
 import gc
-import multiprocessing
 import os
 import pickle
 import signal
+import socket
 import sys
-import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import timedelta
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from .call import takes_rank
-from .errors import failure_of
-from .worlds import MadeGroups
+from ..call import takes_rank
+from ..errors import failure_of
+from ..worlds import MadeGroups
 
 DESTROY_GROUPS = b"destroy the groups that the case made"  # a message to a rank, in place of a case
 OWN_FRAME = f'  File "{__file__}"'  # in a stack file: from here on it is the machinery
@@ -34,7 +33,6 @@ def stack_file(directory: str, rank: int) -> Path:
 def rank_main(rank: int, ranks: int, directory: str, connection: Connection) -> None:
     """Join the group, then answer messages until an empty one."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches all; the parent ends its ranks
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
     with stack_file(directory, rank).open("w") as file:
         faulthandler.enable(file, all_threads=False)
         faulthandler.register(signal.SIGUSR1, file, all_threads=False)
@@ -57,20 +55,27 @@ def _serve(rank: int, connection: Connection) -> None:
             connection.send_bytes(_answer(rank, _run_case, rank, message, made))
 
 
-def _exit_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is None:
-        raise RuntimeError("this process was not spawned; a rank is started by its RankPool")
-    wait([parent.sentinel])
-    os._exit(1)
-
-
 def _join_group(rank: int, ranks: int, directory: str) -> None:
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    if problem := missing_interface(os.environ):
+        raise ValueError(problem)
     limit = timedelta(minutes=30)  # the pool's time-out comes first, and tells where each rank stood
     store = f"file://{directory}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks, timeout=limit)
+
+
+def missing_interface(environment: Mapping[str, str]) -> str:
+    """What is wrong with GLOO_SOCKET_IFNAME; empty where nothing is."""
+    wanted = environment.get("GLOO_SOCKET_IFNAME", "")
+    there = [name for _, name in socket.if_nameindex()]
+    missing = [name for name in wanted.split(",") if name and name not in there]
+    if not missing:
+        return ""
+    return (
+        f"GLOO_SOCKET_IFNAME is {wanted!r}, but this machine has no network interface {' or '.join(missing)}, only "
+        f"{', '.join(there)}; set it to the one that leads to the other ranks, or unset it"
+    )
 
 
 def _run_case(rank: int, case: bytes, made: MadeGroups) -> tuple[Any, bool]:
