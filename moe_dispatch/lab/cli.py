@@ -12,6 +12,7 @@ from importlib.util import find_spec
 
 from .bench.arguments import add_bench
 from .desk.exits import COULD_NOT_RUN, WRONG_INPUT, CouldNotRun, Stop, end, interruptible, tell
+from .desk.provenance import versions
 from .forecast.arguments import add_plan
 from .validate.arguments import add_validate
 
@@ -42,6 +43,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="moe-dispatch", description="Exact expert-parallel dispatch for MoE training."
     )
+    told = "moe-dispatch {moe_dispatch}, torch {torch}, Python {python}".format_map(versions())
+    parser.add_argument("--version", action="version", version=told, help="print versions, and exit")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for add_command in (add_validate, add_bench, add_plan):
         add_command(commands)

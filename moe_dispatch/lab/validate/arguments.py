@@ -8,7 +8,7 @@ from ..desk.exits import EXIT_STATUS
 from ..desk.options import add_config, add_json, add_plot, add_timeout
 
 if TYPE_CHECKING:
-    from .command import Job, Refusal
+    from .command import Job, Listing, Refusal
 
 DESCRIPTION = (
     "Train a small DeepSeek-style model on real text under every row of a matrix of data, sequence, tensor and "
@@ -30,8 +30,10 @@ def add_validate(commands: Any) -> None:
     add_json(parser)
     add_plot(parser, shows="losses, the rank of each token and the rows sent")
     parser.add_argument("--rows", metavar="NAME", nargs="+", help="run only these rows of the config")
+    parser.add_argument("--dtypes", metavar="NAME", nargs="+", help="run only in these dtypes of the config")
     add_timeout(parser, limits="for each row, and for ranks of a launcher to meet")
     mutants = parser.add_mutually_exclusive_group()
+    mutants.add_argument("--list", action="store_true", help="print the rows and their layouts, and run nothing")
     mutants.add_argument("--mutant", metavar="NAME", help="run with this known bug; the run has to fail")
     mutants.add_argument(
         "--mutants", action="store_true", help="run with each known bug, and print what catches it in which row"
@@ -39,7 +41,7 @@ def add_validate(commands: Any) -> None:
     parser.set_defaults(prepare=_prepare)
 
 
-def _prepare(arguments: argparse.Namespace) -> "Job | Refusal":
+def _prepare(arguments: argparse.Namespace) -> "Job | Listing | Refusal":
     from .command import prepare  # needs the extra "cli"
 
     return prepare(arguments)

@@ -4,14 +4,14 @@ import argparse
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from ..desk.console import ProgressDisplay, output_console
-from ..desk.exits import WRONG_INPUT, CouldNotRun, tell
+from ..desk.exits import FINE, WRONG_INPUT, CouldNotRun, tell
 from ..desk.names import choices, chosen_names
 from ..desk.output import check_output
 from ..desk.packaged import find_config
@@ -21,7 +21,7 @@ from .config.load import load_config
 from .config.tables import RowConfig, ValidateConfig
 from .matrix import run_matrix, run_mutants
 from .mutants.mutants import MUTANTS
-from .report import document_of, print_matrix, print_mutants, write_run
+from .report import document_of, print_matrix, print_mutants, print_rows, write_run
 from .runs import MatrixRun, MutantsRun
 from .text import Corpus, batches_of_bytes, batches_of_file, default_text
 
@@ -85,6 +85,21 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Listing:
+    """Rows that are printed and not run, by one of the ranks."""
+
+    config: ValidateConfig
+    rows: Sequence[RowConfig]
+    is_main: bool
+
+    def run(self) -> int:
+        """The exit status, 0."""
+        if self.is_main:
+            print_rows(output_console(), self.config, self.rows)
+        return FINE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Refusal:
     """Wrong input of one of several launched ranks, whose peers would wait for it."""
 
@@ -101,7 +116,7 @@ class Refusal:
         return WRONG_INPUT
 
 
-def prepare(arguments: argparse.Namespace) -> Job | Refusal:
+def prepare(arguments: argparse.Namespace) -> Job | Listing | Refusal:
     """Read and check all input. Every rank does so before any rank meets another.
 
     Raises:
@@ -116,9 +131,15 @@ def prepare(arguments: argparse.Namespace) -> Job | Refusal:
         raise
 
 
-def _job(arguments: argparse.Namespace, launched: Launched | None) -> Job:
+def _job(arguments: argparse.Namespace, launched: Launched | None) -> Job | Listing:
     config = load_config(find_config(arguments.config, tool="validate"))
+    dtypes = chosen_names(arguments.dtypes, config.dtypes, what="dtype")
+    config = replace(config, dtypes=tuple(dtype for dtype in config.dtypes if dtype in dtypes))
     rows = _chosen_rows(arguments, config)
+    if arguments.list:
+        if arguments.json or arguments.plot:
+            raise ValueError("--list runs nothing that could be written; leave out --json and --plot")
+        return Listing(config=config, rows=rows, is_main=not (launched and launched.rank))
     text = _text(arguments.text, rows, steps=config.train.steps)
     if arguments.plot:
         from ..desk.plots import check_plot  # needs the extra "plot"

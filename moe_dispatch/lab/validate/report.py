@@ -1,7 +1,7 @@
 """What the user sees of a run: a table, and the same as JSON."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from rich.text import Text
 from ..desk.console import new_table, print_lines, print_verdict
 from ..desk.output import write_json
 from ..desk.provenance import outcome
-from .config.tables import ValidateConfig
+from .config.tables import RowConfig, ValidateConfig
 from .results import QUANTITIES, RowResult
 from .runs import MatrixRun, MutantsRun
 from .text import Corpus
@@ -57,6 +57,17 @@ def print_mutants(console: Console, run: MutantsRun) -> None:
     print_verdict(console, run.verdict, fine=run.all_caught)
 
 
+def print_rows(console: Console, config: ValidateConfig, rows: Sequence[RowConfig]) -> None:
+    """The table of rows that would run: their meshes and data."""
+    table = new_table("row", MESH, "B x L", "heads", "data")
+    for row in rows:
+        special = row.special(replace(config.model, heads=row.heads))
+        table.add_row(Text(row.name), _mesh(row.mesh), f"{row.batch} x {row.seq}", f"{row.heads}", special)
+    console.print(table)
+    runs = f"{len(rows)} row{'' if len(rows) == 1 else 's'} in {' and '.join(config.dtypes)}"
+    print_lines(console, ["", f"{runs}, each on {config.ranks} ranks"])
+
+
 def document_of(
     config: ValidateConfig, run: MatrixRun | MutantsRun, *, text: Corpus, origin: Mapping[str, str]
 ) -> dict[str, Any]:
@@ -79,7 +90,7 @@ def write_run(path: Path, document: Mapping[str, Any]) -> None:
 
 def _cells(row: RowResult) -> Iterator[str | Text]:
     yield Text(row.name)
-    yield "  ".join(row.mesh.replace(",", "").split()[1::2])  # "dp 2, sp 1, ..." under the names of MESH
+    yield _mesh(row.mesh)
     yield f"{row.shape[0]} x {row.shape[1]}"
     yield row.dtype
     by_quantity = {difference.quantity: difference for difference in row.differences}
@@ -95,6 +106,11 @@ def _cells(row: RowResult) -> Iterator[str | Text]:
         )
     yield _verdict(row)
     yield f"{row.seconds:.1f}"
+
+
+def _mesh(mesh: str) -> str:
+    """ "dp 2, sp 1, ..." as the numbers, each under its name in MESH."""
+    return " ".join(f"{size:2}" for size in mesh.replace(",", "").split()[1::2])
 
 
 def _verdict(row: RowResult) -> Text:

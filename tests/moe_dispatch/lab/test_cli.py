@@ -1,14 +1,19 @@
 """The command line before any command runs: usage, extras, what it imports."""
 
 import importlib.util
+import multiprocessing
+import re
 import subprocess
 import sys
+import threading
 import tomllib
 
 import pytest
+import torch
 
 from moe_dispatch.lab import cli
 from tests.support.lab.configs import ROOT
+from tests.support.lab.launches import TORCHRUN
 
 
 @pytest.mark.parametrize(
@@ -56,6 +61,29 @@ def test_type_checkers_of_users_see_our_types() -> None:
     packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
     assert packages["packages"] == ["moe_dispatch", "sp_attention"]
     assert all((ROOT / package / "py.typed").read_text() == "" for package in packages["packages"])
+
+
+def test_versions_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--version"])
+    found = capsys.readouterr().out
+    assert re.fullmatch(rf"moe-dispatch \S.*, torch {re.escape(torch.__version__)}, Python 3\.\d+\.\d+\n", found)
+
+
+@pytest.mark.parametrize("command", ["validate", "bench", "plan"])
+@pytest.mark.parametrize("before", [[], ["no_such_config", "--json", "/none/out.json"]])
+def test_help_of_a_command_reads_and_starts_nothing(
+    command: str, before: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(cli, "_run", lambda _: pytest.fail("the command ran"))
+    threads = threading.active_count()
+    with pytest.raises(SystemExit, match="0"):
+        cli.main([command, *before, "--help"])
+    assert capsys.readouterr().out.startswith(f"usage: moe-dispatch {command} [-h]")
+    assert threading.active_count() == threads
+    assert not multiprocessing.active_children()
 
 
 def test_parsing_the_command_line_imports_no_extra() -> None:
