@@ -54,7 +54,7 @@ def test_pages_show_the_plan_as_printed(capsys: pytest.CaptureFixture[str]) -> N
         shown = [line.strip() for line in page.read_text().splitlines() if line.strip() in printed and line.strip()]
         assert sum("row per" in line for line in shown) >= 3, page
         lines = page.read_text().splitlines()
-        assert {line.strip() for line in lines if line.startswith(" 8 x 8")} <= set(printed), page
+        assert {line.strip() for line in lines if line.startswith("8 x 8")} <= set(printed), page
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

@@ -6,20 +6,23 @@ from pathlib import Path
 from statistics import median
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
-from ..desk.console import new_table, print_lines
+from ..desk.console import print_lines
 from ..desk.exits import Stop
 from ..desk.output import write_json
 from ..desk.provenance import outcome
+from ..desk.tables import FittingTable
 from .config import BenchConfig
 from .results import Line, Traffic, WorkloadResult
 
 NAMES = ("workload", "contender")
 NUMBERS = (
-    "forward ms", "x floor", "fwd + bwd ms", "x floor", "wire MB", "collectives", "host syncs", "kept MB", "peak MB",
+    "forward\nms", "x\nfloor", "fwd + bwd\nms", "x\nfloor",
+    "wire\nMB", "collectives", "host\nsyncs", "kept\nMB", "peak\nMB",
 )  # fmt: skip
+FIRST_TO_GO = ("host\nsyncs", "peak\nMB", "collectives", "kept\nMB", "wire\nMB", "forward\nms", "fwd + bwd\nms")
+BELOW = "; --json has all"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,17 +38,17 @@ class Setting:
 def print_bench(console: Console, setting: Setting, results: Sequence[WorkloadResult]) -> None:
     """Settings, the table, then what each workload is and what kept a contender out of it."""
     print_lines(console, _setting_lines(setting, results))
-    table = new_table(*NAMES, *NUMBERS, right=NUMBERS)
+    table = FittingTable(*NAMES, *NUMBERS, right=NUMBERS, first_to_go=FIRST_TO_GO, below=BELOW)
     for result in results:
         for i, line in enumerate(result.lines):
             table.add_row(Text("" if i else result.name), *_cells(result, line))
         table.add_section()
-    console.print(table)
+    table.print(console)
     print_lines(console, _notes(results))
     for result in results:
         if any(line.phase_ms for line in result.lines):
             print_lines(console, [f"{result.name}: share of forward + backward on rank 0, while profiled"])
-            console.print(_phase_table(result))
+            _phase_table(result).print(console)
 
 
 def write_bench(
@@ -121,11 +124,10 @@ def _notes(results: Sequence[WorkloadResult]) -> Iterator[str]:
                 yield f"  {line.name} {'was refused' if line.wrong else 'is absent'}: {line.absent}"
 
 
-def _phase_table(result: WorkloadResult) -> Table:
+def _phase_table(result: WorkloadResult) -> FittingTable:
     profiled = [line for line in result.lines if line.phase_ms]
-    table = new_table("phase")
-    for line in profiled:
-        table.add_column(Text(line.name), justify="right")
+    names = [line.name for line in profiled]
+    table = FittingTable("phase", *names, right=names, first_to_go=names[:0:-1], below=BELOW)
     totals = [sum((line.phase_ms or {}).values()) for line in profiled]
     for phase in profiled[0].phase_ms or {}:
         times = [(line.phase_ms or {})[phase] for line in profiled]

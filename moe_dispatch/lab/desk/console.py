@@ -1,47 +1,35 @@
 """What the tools print: tables and lines on standard output, progress on standard error."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Self
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
 from rich.text import Text
 
 from .output import is_stdout
 
-WIDTH = 250  # more than the widest table: rich folds cells at 80 columns in a pipe, and narrower on a narrow terminal
+WIDTH = 200  # of what is no terminal: more than the widest table, so that a file or a pipe gets every column
 
 
 def output_console(*, json: Path | None = None) -> Console:
-    """Standard output, wide enough for every table; standard error where the file ``json`` is standard output."""
-    return Console(width=WIDTH, stderr=is_stdout(json))
-
-
-def new_table(*columns: str, right: Collection[str] = ()) -> Table:
-    """A table in the style of the tools, without rows.
-
-    Args:
-        right: the columns that are aligned to the right.
-    """
-    table = Table(header_style="bold", box=SIMPLE_HEAD, pad_edge=False)
-    for column in columns:
-        table.add_column(column, justify="right" if column in right else "left")
-    return table
+    """Standard output, or standard error where the file ``json`` is standard output; as wide as its terminal."""
+    console = Console(stderr=is_stdout(json))
+    if not console.is_terminal:
+        console.width = WIDTH
+    return console
 
 
 def print_lines(console: Console, lines: Iterable[str]) -> None:
-    """Each line as it is: neither folded nor read as markup."""
+    """Each line as it is, not read as markup; on a terminal it breaks between words."""
     for line in lines:
-        console.print(Text(line), soft_wrap=True)
+        console.print(Text(line), soft_wrap=not console.is_terminal)
 
 
 def print_verdict(console: Console, verdict: str, *, fine: bool) -> None:
-    """The last line of a report, after an empty one; green or red on a terminal."""
-    console.print()
-    console.print(Text(verdict, "bold green" if fine else "bold red"), soft_wrap=True)
+    """The last line of a report; green or red on a terminal."""
+    console.print(Text(verdict, "bold green" if fine else "bold red"), soft_wrap=not console.is_terminal)
 
 
 class ProgressDisplay:

@@ -6,30 +6,37 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ..desk.console import new_table, print_lines
+from ..desk.console import print_lines
 from ..desk.output import write_json
+from ..desk.tables import FittingTable
 from .config import PlanConfig
 from .crossing import MOST_RANKS, Crossing
 from .predict import Prediction
 
 NAMES = ("routing", "scheme")
 COLUMNS = (
-    "ranks", *NAMES, "rows sent", "intra B/token", "inter B/token", "plan intra kB", "plan inter kB", "ms",
-    "rows mean", "fullest", "payload MB", "rows MB",
+    "ranks", *NAMES, "rows\nsent", "intra\nB/token", "inter\nB/token", "plan kB\nintra", "plan kB\ninter", "ms",
+    "rows\nmean", "fullest", "payload\nMB", "rows\nMB",
 )  # fmt: skip
+FIRST_TO_GO = (
+    "plan kB\nintra", "plan kB\ninter", "rows\nmean", "rows\nMB", "payload\nMB", "rows\nsent", "fullest",
+    "intra\nB/token", "inter\nB/token",
+)  # fmt: skip
+BELOW = "; --json has all"
 
 
 def print_plan(console: Console, config: PlanConfig, predictions: Sequence[Prediction], crossing: Crossing) -> None:
     """What is planned, a line for each number of ranks, routing and scheme, then what to know about the numbers."""
     print_lines(console, [_header(config)])
-    table = new_table(*COLUMNS, right=[column for column in COLUMNS if column not in NAMES])
+    numbers = [column for column in COLUMNS if column not in NAMES]
+    table = FittingTable(*COLUMNS, right=numbers, first_to_go=FIRST_TO_GO, below=BELOW)
     before = None
     for each in predictions:
         if before and (before.ranks, before.routing) != (each.ranks, each.routing):
             table.add_section()
         table.add_row(*_cells(each))
         before = each
-    console.print(table)
+    table.print(console)
     print_lines(console, _notes(config, predictions, crossing))
 
 

@@ -8,21 +8,35 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from ..desk.console import new_table, print_lines, print_verdict
+from ..desk.console import print_lines, print_verdict
 from ..desk.output import write_json
 from ..desk.provenance import outcome
+from ..desk.tables import FittingTable
 from .config.tables import RowConfig, ValidateConfig
 from .results import QUANTITIES, RowResult
 from .runs import MatrixRun, MutantsRun
 from .text import Corpus
 
 MESH = "dp sp tp ep"
+BELOW = "; --json has all"
 VERDICTS = ("agrees", "disagreeing", "could_show", "caught")
 
 
 def print_matrix(console: Console, run: MatrixRun) -> None:
     """The table of a run, a line for each quantity that differs and each row that broke off, and the verdict."""
-    table = new_table("row", MESH, "B x L", "dtype", "logits", "loss", "gradients", "loss curve", "verdict", "s")
+    table = FittingTable(
+        *("row", MESH, "B x L", "dtype", *QUANTITIES, "verdict", "s"),
+        first_to_go=(
+            "s",
+            MESH,
+            "B x L",
+            "loss",
+            "loss curve",
+            "logits",
+            "gradients",
+        ),  # the curve starts with the loss
+        below=BELOW,
+    )
     for reference in run.references:
         shape = f"{reference.shape[0]} x {reference.shape[1]}"
         unmeasured = [""] * len(QUANTITIES)
@@ -31,14 +45,18 @@ def print_matrix(console: Console, run: MatrixRun) -> None:
     table.add_section()
     for row in run.rows:
         table.add_row(*_cells(row))
-    console.print(table)
+    table.print(console)
     print_lines(console, _disagreements(run.rows))
     print_verdict(console, run.verdict, fine=run.agrees)
 
 
 def print_mutants(console: Console, run: MutantsRun) -> None:
     """The table of all mutants: which quantity caught each, in which row. Then the verdict."""
-    table = new_table("mutant", "what it does", "row", "caught by", "verdict")
+    table = FittingTable(
+        *("mutant", "what it does", "row", "caught by", "verdict"),
+        first_to_go=("what it does", "row", "caught by"),
+        below=BELOW,
+    )
     for row in run.controls:
         table.add_row("(none)", "control: has to agree", Text(row.name), "", _verdict(row))
     table.add_section()
@@ -51,7 +69,7 @@ def print_mutants(console: Console, run: MutantsRun) -> None:
         verdict = Text("caught", "green") if mutant.caught else Text("ERROR" if broken else "MISSED", "bold red")
         row, by = (last.name, ", ".join(last.disagreeing)) if mutant.caught else (f"all {len(mutant.rows)}", "")
         table.add_row(Text(mutant.name), Text(mutant.description), Text(row), by, verdict)
-    console.print(table)
+    table.print(console)
     broken = [row for mutant in run.mutants if not mutant.caught for row in mutant.rows if row.error]
     print_lines(console, _disagreements([*run.controls, *broken]))
     print_verdict(console, run.verdict, fine=run.all_caught)
@@ -59,13 +77,13 @@ def print_mutants(console: Console, run: MutantsRun) -> None:
 
 def print_rows(console: Console, config: ValidateConfig, rows: Sequence[RowConfig]) -> None:
     """The table of rows that would run: their meshes and data."""
-    table = new_table("row", MESH, "B x L", "heads", "data")
+    table = FittingTable("row", MESH, "B x L", "heads", "data", first_to_go=("heads", "data", "B x L", MESH))
     for row in rows:
         special = row.special(replace(config.model, heads=row.heads))
         table.add_row(Text(row.name), _mesh(row.mesh), f"{row.batch} x {row.seq}", f"{row.heads}", special)
-    console.print(table)
+    table.print(console)
     runs = f"{len(rows)} row{'' if len(rows) == 1 else 's'} in {' and '.join(config.dtypes)}"
-    print_lines(console, ["", f"{runs}, each on {config.ranks} ranks"])
+    print_lines(console, [f"{runs}, each on {config.ranks} ranks"])
 
 
 def document_of(
@@ -99,11 +117,8 @@ def _cells(row: RowResult) -> Iterator[str | Text]:
             yield "-"
             continue
         difference = by_quantity[quantity]
-        where = f"  {difference.where}" if quantity == "gradients" else ""
-        yield Text(
-            f"{difference.value:.1e}{where}" if difference.value else "0",
-            "" if difference.agrees else "bold red",
-        )
+        value = f"{difference.value:.1e}" if difference.value else "0"
+        yield Text(value) if difference.agrees else Text(f"{value} !", "bold red")
     yield _verdict(row)
     yield f"{row.seconds:.1f}"
 
@@ -118,7 +133,7 @@ def _verdict(row: RowResult) -> Text:
         return Text("ERROR", "bold red")
     if row.agrees:
         return Text("agree", "green")
-    return Text(f"DIFFERS: {', '.join(row.disagreeing)}", "bold red")
+    return Text("DIFFERS", "bold red")
 
 
 def _disagreements(rows: Sequence[RowResult]) -> Iterator[str]:

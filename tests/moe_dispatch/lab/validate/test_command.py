@@ -46,7 +46,8 @@ def test_one_row_that_differs_fails_the_run(script: Script, capsys: pytest.Captu
     assert cli.main(["validate", "tiny", "--rows", "FSDP2 x2", "TP2 + EP2"]) == 1
     assert [call[0] for call in script.calls] == ["FSDP2 x2", "TP2 + EP2"] * 2
     out, err = capsys.readouterr()
-    assert "DIFFERS: gradients" in out
+    assert "DIFFERS" in out
+    assert "TP2 + EP2, float64: gradients off by 5.0e-01 (tolerance 1e-10)" in out
     assert "float64  TP2 + EP2  differ: gradients  1.2 s" in err
 
 
