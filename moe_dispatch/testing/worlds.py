@@ -6,6 +6,7 @@ groups of the calling thread.
 """
 
 import gc
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -91,6 +92,14 @@ def world_per_thread() -> Iterator[Worlds]:
         worlds.end()
 
 
+def _forget_meshes() -> None:
+    from torch.distributed.tensor._redistribute import _gen_transform_infos
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
+    _clear_sharding_prop_cache()
+    _gen_transform_infos.cache_clear()
+
+
 class MadeGroups:
     """The groups of this process besides its default group: those that a case made, also behind a DeviceMesh."""
 
@@ -108,9 +117,11 @@ class MadeGroups:
         """Destroy them. Every rank calls this after all are done with the case, as often as the others.
 
         A group has 3 threads and some descriptors, which end with its last reference. Objects that the case left hold
-        it: a graph, a mesh. DTensor's caches hold a mesh of each shape for ever, so meshes lose their groups here. To
-        clear those caches instead would make a small row of `validate` take half as long again.
+        it: a graph, a mesh. So meshes lose their groups here. DTensor's caches give results of an earlier case on an
+        equal mesh with the mesh of that case, whose groups are gone: they are cleared.
         """
+        if "torch.distributed.tensor" in sys.modules:
+            _forget_meshes()
         for group in [group for group in c10d._world.pg_map if group is not self._default]:
             dist.destroy_process_group(group)
         for mesh in [thing for thing in gc.get_objects() if type(thing) is DeviceMesh]:
