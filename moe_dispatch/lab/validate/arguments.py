@@ -28,7 +28,9 @@ def add_validate(commands: Any) -> None:
         "--text", metavar="FILE", type=Path, help="train on this file (default: Python's own help texts)"
     )
     add_json(parser)
-    add_plot(parser, shows="losses, the rank of each token and the rows sent")
+    add_plot(
+        parser, shows="how far each quantity of each row is from its limit, the rank of each token, and rows sent"
+    )
     parser.add_argument("--rows", metavar="NAME", nargs="+", help="run only these rows of the config")
     parser.add_argument("--dtypes", metavar="NAME", nargs="+", help="run only in these dtypes of the config")
     add_timeout(parser, limits="for each row, and for ranks of a launcher to meet")

@@ -33,12 +33,14 @@ class Job:
     """A run whose input was checked.
 
     Attributes:
+        name: of the config.
         mutant: name of the known bug to run with; empty for none.
         all_mutants: run with each known bug in turn.
         json, plot: files to write.
         origin: what the JSON says of the run.
     """
 
+    name: str
     config: ValidateConfig
     rows: Sequence[RowConfig]
     text: Corpus
@@ -59,8 +61,13 @@ class Job:
         if self.ranks.is_main and self.plot and isinstance(run, MatrixRun) and not run.stop.reason:
             from .plot import write_plot  # needs the extra "plot"
 
-            write_plot(self.plot, run.rows)
+            write_plot(self.plot, run, about=self._about())
         return run.status
+
+    def _about(self) -> str:
+        dtypes, date = " and ".join(self.config.dtypes), self.origin["date"][:16].replace("T", " ")
+        versions = f"torch {self.origin['torch']}, moe-dispatch {self.origin['moe_dispatch']}"
+        return f"{self.name}, {dtypes}, {date} UTC, {versions}"
 
     def _run_matrix(self) -> MatrixRun:
         steps = len(self.rows) * len(self.config.dtypes)
@@ -132,7 +139,8 @@ def prepare(arguments: argparse.Namespace) -> Job | Listing | Refusal:
 
 
 def _job(arguments: argparse.Namespace, launched: Launched | None) -> Job | Listing:
-    config = load_config(find_config(arguments.config, tool="validate"))
+    path = find_config(arguments.config, tool="validate")
+    config = load_config(path)
     dtypes = chosen_names(arguments.dtypes, config.dtypes, what="dtype")
     config = replace(config, dtypes=tuple(dtype for dtype in config.dtypes if dtype in dtypes))
     rows = _chosen_rows(arguments, config)
@@ -147,11 +155,11 @@ def _job(arguments: argparse.Namespace, launched: Launched | None) -> Job | List
         if arguments.mutants:
             raise ValueError("--plot draws one run of the matrix; leave it out with --mutants, or use --mutant NAME")
         check_plot(arguments.plot)
-    for path in (arguments.json, arguments.plot):
-        if path:
-            check_output(path)
+    for output in filter(None, (arguments.json, arguments.plot)):
+        check_output(output)
     facts = _facts(config, rows, text, mutant=arguments.mutant or str(arguments.mutants))
     return Job(
+        name=path.stem,
         config=config,
         rows=rows,
         text=text,

@@ -1,145 +1,139 @@
-"""A picture of a run: loss curves, which rank holds which token, where the first MoE layer sent its rows."""
+"""A picture of a run: how far each quantity of each row is from its limit, and where tokens and rows are."""
 
+import math
+import textwrap
 from collections.abc import Sequence
-from itertools import cycle
 from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
 from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import SubFigure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.patches import Rectangle
 
-from ..desk.plots import COLORS, INK, new_figure, save, say_empty
-from .results import RowResult
+from ..desk.plots import INK, new_figure, save
+from .placement import draw_placement
+from .results import QUANTITIES, Difference, RowResult
+from .runs import MatrixRun
 
-MARKERS = "os^Dv<>P"
-FLOOR = 1e-17  # an exact agreement still has a place on a log axis
+# By decades of difference / limit. The last one below the limit is decade 0; the first and last have no other end.
+DECADES = range(-4, 6)
+GREENS = ("#00694d", "#2a9070", "#5cb394", "#93d2b8", "#cfeade")
+REDS = ("#fbd5c0", "#f3a17e", "#e36f4a", "#c63f25", "#8f1d14")
+COLORS_OF_DECADES = (*GREENS, *REDS)
+COLORMAP = ListedColormap(COLORS_OF_DECADES, bad="#eeeeee")  # bad: could not run
+NORM = BoundaryNorm(np.arange(DECADES[0], DECADES[-1] + 2) - 0.5, len(DECADES))
+DARK = (-4, -3, 3, 4, 5)  # decades whose colour needs white text
+
+WIDTH, LINE_HEIGHT, ROW_HEIGHT, FRAME_HEIGHT = 13.0, 0.28, 0.25, 0.9  # inches
+COLORS_HEIGHT, PLACEMENT_HEIGHT = 0.75, 3.6
+MOST_TITLE, MOST_NAME = 90, 40  # characters in a line of the title, of a row's name
 
 
-def write_plot(path: Path, rows: Sequence[RowResult]) -> None:
-    """Draw the rows that ran to their end; ``path`` passed :func:`check_plot`."""
-    figure = new_figure(width=14, height=9.5, w_pad=0.12, h_pad=0.08)
-    finished = [row for row in rows if not row.error]
+def write_plot(path: Path, run: MatrixRun, *, about: str) -> None:
+    """Draw ``run``, of at least one row; ``path`` passed :func:`check_plot`.
+
+    Args:
+        about: a line below the verdict: what ran, where and when.
+    """
+    names = list(dict.fromkeys(row.name for row in run.rows))
+    finished = [row for row in run.rows if not row.error]
+    verdict = f"with the mutant {run.mutant}: {run.verdict}" if run.mutant else run.verdict
+    lines = textwrap.wrap(verdict, MOST_TITLE)
+    heights = [LINE_HEIGHT * (len(lines) + 2), FRAME_HEIGHT + ROW_HEIGHT * len(names), COLORS_HEIGHT]
     if finished:
-        curves, layout = figure.subfigures(2, 1, squeeze=False, height_ratios=(5, 3.6))[:, 0]
-        _draw_curves(curves, finished)
-        tokens, traffic = layout.subplots(1, 2, width_ratios=(2.3, 1))
-        row = most_spread(finished)
-        _draw_tokens(tokens, row)
-        _draw_traffic(traffic, row)
-    else:
-        say_empty(figure, "no row ran to its end")
+        heights.append(PLACEMENT_HEIGHT)
+    figure = new_figure(width=WIDTH, height=sum(heights), w_pad=0.12, h_pad=0.08)
+    title, differences, colors, *placement = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[
+        :, 0
+    ]
+    _draw_title(title, lines, about, GREENS[0] if run.agrees else REDS[-1])
+    _draw_differences(differences, run.rows, names)
+    _draw_colors(colors)
+    if finished:
+        draw_placement(placement[0], finished)
     save(figure, path)
 
 
-def _draw_curves(figure: SubFigure, rows: Sequence[RowResult]) -> None:
-    """One column per dtype: the losses above, their relative distance to one process below."""
-    dtypes = list(dict.fromkeys(row.dtype for row in rows))
-    axes = figure.subplots(2, len(dtypes), squeeze=False, sharex="col", sharey="row", height_ratios=(3, 2))
-    styles = dict(zip(dict.fromkeys(row.name for row in rows), cycle(zip(COLORS, MARKERS, strict=True))))
-    for (above, below), dtype in zip(axes.T, dtypes, strict=True):
-        _frame(above, f"Loss of each step, {dtype}")
-        _frame(below, "Distance to one process (1e-17 stands for equal)")
-        of_dtype = [row for row in rows if row.dtype == dtype]
-        for losses in dict.fromkeys(row.reference_losses for row in of_dtype):
-            above.plot(range(len(losses)), losses, color="#CCCCCC", linewidth=7, label="one process", zorder=1)
-        for size, row in enumerate(reversed(of_dtype)):  # the first ends on top, the smallest: all stay visible
-            color, marker = styles[row.name]
-            steps = range(len(row.losses))
-            face = {
-                "markerfacecolor": "none",
-                "markersize": 15 - 9 * size / len(of_dtype),
-                "markeredgewidth": 1.6,
-            }
-            above.plot(steps, row.losses, color=color, marker=marker, linewidth=1, label=row.name, **face)
-            distances = [
-                max(abs(loss - reference) / abs(reference), FLOOR)
-                for loss, reference in zip(row.losses, row.reference_losses, strict=True)
-            ]
-            below.plot(steps, distances, color=color, marker=marker, markersize=5, linewidth=1)
-        below.set_yscale("log")
-        below.set_xlabel("step")
-        below.xaxis.set_major_locator(MaxNLocator(integer=True))
-        _draw_tolerance(below, of_dtype)
-    axes[0, 0].set_ylabel("loss")
-    axes[1, 0].set_ylabel("|difference| / loss")
-    drawn = [zip(*above.get_legend_handles_labels(), strict=True) for above in axes[0]]
-    entries = {label: handle for pairs in drawn for handle, label in reversed(list(pairs))}  # the first row first
-    figure.legend(entries.values(), entries.keys(), loc="outside upper center", ncols=4, frameon=False)
-
-
-def _draw_tolerance(axes: Axes, rows: Sequence[RowResult]) -> None:
-    for tolerance in {
-        difference.tolerance for row in rows for difference in row.differences if difference.quantity == "loss curve"
-    }:
-        axes.axhline(tolerance, color=INK, linewidth=1, linestyle="--")
-        axes.annotate(
-            "tolerance",
-            (0, tolerance),
-            (4, 3),
-            xycoords=axes.get_yaxis_transform(),
-            textcoords="offset points",
-            color=INK,
-            size="small",
-        )
-
-
-def most_spread(rows: Sequence[RowResult]) -> RowResult:
-    """The row that shows most: B > 1, many ranks, tokens cut both ways, every rank sending to every other."""
-
-    def spread(row: RowResult) -> tuple[bool, int, bool, int]:
-        ranks_of_each_row = [set(ranks) for ranks in row.rank_of_token_BL]
-        ranks = set().union(*ranks_of_each_row)
-        cut_both_ways = any(1 < len(ranks_of_row) < len(ranks) for ranks_of_row in ranks_of_each_row)
-        links = sum(count > 0 for counts in row.rows_sent_PP for count in counts)
-        return row.shape[0] > 1, len(ranks), cut_both_ways, links
-
-    return max(rows, key=spread)
-
-
-def _draw_tokens(axes: Axes, row: RowResult) -> None:
-    rank_BL = np.array(row.rank_of_token_BL)
-    ranks = int(rank_BL.max()) + 1
-    colors = [COLORS[rank % len(COLORS)] for rank in range(ranks)]
-    norm = BoundaryNorm(np.arange(ranks + 1) - 0.5, ranks)
-    axes.imshow(rank_BL, cmap=ListedColormap(colors), norm=norm, aspect="auto", interpolation="nearest")
-    for border in range(1, len(rank_BL)):
-        axes.axhline(border - 0.5, color="white", linewidth=3)
-    for rank in range(ranks):
-        place_N2 = np.argwhere(rank_BL == rank)
-        if len(place_N2):
-            (top, left), (bottom, right) = place_N2.min(axis=0), place_N2.max(axis=0)
-            label = f"rank {rank}\n{len(place_N2)} tokens"
-            box = {"boxstyle": "round,pad=0.4", "facecolor": "white", "edgecolor": "none"}
-            axes.text((left + right) / 2, (top + bottom) / 2, label, ha="center", va="center", color=INK, bbox=box)
-    axes.set_title(
-        f"Which rank holds which token\n{row.name}, B x L = {row.shape[0]} x {row.shape[1]}",
-        loc="left",
-        color=INK,
+def _draw_title(figure: SubFigure, lines: Sequence[str], about: str, color: str) -> None:
+    line = 1 / (len(lines) + 2)  # half a line is free above, between and below
+    style = {"x": 0.01, "va": "center", "parse_math": False}
+    figure.text(
+        y=1 - (0.5 + len(lines) / 2) * line, s="\n".join(lines), size="x-large", weight="bold", color=color, **style
     )
-    axes.set_xlabel("position in the sequence")
-    axes.set_ylabel("row of the batch")
-    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.text(y=line, s=about, color=INK, **style)
+
+
+def _draw_differences(figure: SubFigure, rows: Sequence[RowResult], names: Sequence[str]) -> None:
+    """A heat map for each dtype: rows x quantities."""
+    dtypes = list(dict.fromkeys(row.dtype for row in rows))
+    all_axes = figure.subplots(1, len(dtypes), squeeze=False, sharey=True)[0]
+    for axes, dtype in zip(all_axes, dtypes, strict=True):
+        _draw_dtype(axes, {row.name: row for row in rows if row.dtype == dtype}, names)
+        axes.set_title(dtype, loc="left", color=INK, weight="bold")
+    wrong = {row.name for row in rows if not row.agrees}
+    all_axes[0].set_yticks(range(len(names)), [_short(name) for name in names])
+    for label, name in zip(all_axes[0].get_yticklabels(), names, strict=True):
+        label.set(parse_math=False, color=REDS[-1] if name in wrong else INK)
+        label.set_weight("bold" if name in wrong else "normal")
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= MOST_NAME else f"{name[: MOST_NAME - 1]}…"
+
+
+def _draw_colors(figure: SubFigure) -> None:
+    """What the colours mean."""
+    bar = figure.colorbar(ScalarMappable(NORM, COLORMAP), cax=figure.subplots(), orientation="horizontal")
+    powers = DECADES[:-1]  # of ten, where one decade ends and the next starts
+    labels = [f"1e{power:+d}" if power else "1 = limit" for power in powers]
+    bar.set_ticks([power + 0.5 for power in powers], labels=labels)
+    bar.set_label("difference / limit", color=INK)
+    bar.outline.set_visible(False)
+    bar.minorticks_off()
+
+
+def _draw_dtype(axes: Axes, row_of_name: dict[str, RowResult], names: Sequence[str]) -> None:
+    decade_RQ = np.full((len(names), len(QUANTITIES)), np.nan)
+    limit_of_quantity: dict[str, float] = {}
+    for place, name in enumerate(names):
+        row = row_of_name.get(name)
+        if row is not None and row.error:
+            _draw_broken_off(axes, place)
+        for column, difference in enumerate(row.differences if row is not None else ()):
+            limit_of_quantity[difference.quantity] = difference.tolerance
+            decade_RQ[place, column] = decade = decade_of(difference)
+            value = f"{difference.value:.0e}" if difference.value else "0"
+            text, weight = (value, "normal") if difference.agrees else (f"{value} !", "bold")
+            color = "white" if decade in DARK else INK
+            axes.text(column, place, text, ha="center", va="center", size="small", color=color, weight=weight)
+    axes.imshow(np.ma.masked_invalid(decade_RQ), cmap=COLORMAP, norm=NORM, aspect="auto", interpolation="nearest")
+    limits = [f"\n≤ {limit_of_quantity[name]:.0e}" if name in limit_of_quantity else "" for name in QUANTITIES]
+    axes.set_xticks(range(len(QUANTITIES)), [name + limit for name, limit in zip(QUANTITIES, limits, strict=True)])
+    axes.tick_params(length=0, labeltop=True, labelbottom=False, labelcolor=INK)
+    axes.set_xticks(np.arange(1, len(QUANTITIES)) - 0.5, minor=True)
+    axes.set_yticks(np.arange(1, len(names)) - 0.5, minor=True)
+    axes.grid(which="minor", color="white", linewidth=1.5)
+    axes.tick_params(which="minor", length=0)
     axes.spines[:].set_visible(False)
 
 
-def _draw_traffic(axes: Axes, row: RowResult) -> None:
-    sent_PP = np.array(row.rows_sent_PP)
-    axes.imshow(sent_PP, cmap="Blues", vmin=0, vmax=max(sent_PP.max(), 1))
-    for (source, target), count in np.ndenumerate(sent_PP):
-        color = "white" if count > 0.6 * sent_PP.max() else INK
-        axes.text(target, source, f"{count}", ha="center", va="center", color=color)
-    axes.set_title(f"Rows sent, first MoE layer\n{row.name}", loc="left", color=INK)
-    axes.set_xlabel("to rank")
-    axes.set_ylabel("from rank")
-    axes.set_xticks(range(len(sent_PP)))
-    axes.set_yticks(range(len(sent_PP)))
-    axes.spines[:].set_visible(False)
+def _draw_broken_off(axes: Axes, place: int) -> None:
+    left, width = -0.5, len(QUANTITIES)
+    axes.add_patch(
+        Rectangle((left, place - 0.5), width, 1, facecolor="#eeeeee", edgecolor="#bbbbbb", hatch="////", zorder=2)
+    )
+    box = {"boxstyle": "square,pad=0.15", "facecolor": "#eeeeee", "edgecolor": "none"}
+    style = {"ha": "center", "va": "center", "size": "small", "weight": "bold", "zorder": 3}
+    axes.text(left + width / 2, place, "could not run", color=REDS[-1], bbox=box, **style)
 
 
-def _frame(axes: Axes, title: str) -> None:
-    axes.set_title(title, loc="left", color=INK)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#EEEEEE")
-    axes.set_axisbelow(True)
+def decade_of(difference: Difference) -> int:
+    """Of difference / limit, in DECADES: 0 for a tenth of the limit to the limit, 1 for up to ten times as much."""
+    ratio = difference.value / difference.tolerance
+    if not ratio < math.inf:  # NaN too
+        return DECADES[-1]
+    decade = math.ceil(math.log10(ratio)) if ratio > 0 else DECADES[0]
+    least, most = (DECADES[0], 0) if difference.agrees else (1, DECADES[-1])
+    return min(max(decade, least), most)
