@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ..desk.console import ProgressDisplay, output_console
+from ..desk.console import ProgressDisplay, output_console, print_lines
 from ..desk.exits import FINE, WRONG_INPUT, CouldNotRun, tell
 from ..desk.names import choices, chosen_names
 from ..desk.output import check_output
@@ -77,7 +77,7 @@ class Job:
             console = output_console(json=self.json)
             print_matrix(console, run)
             if run.mutant:
-                console.print(_mutant_line(run), soft_wrap=True, markup=False, highlight=False)
+                print_lines(console, [_mutant_line(run)])
         return run
 
     def _run_mutants(self) -> MutantsRun:
