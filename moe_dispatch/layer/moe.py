@@ -21,6 +21,7 @@ from ..wire.uncompiled import uncompiled
 from .balance import sum_counts
 from .experts import GroupedExperts
 from .given import Given
+from .passed_on import passed_on
 from .recompute import ForwardMemory, in_backward
 from .router import TopKRouter
 from .training_pass import only_learns_shapes
@@ -125,17 +126,19 @@ class MoE(nn.Module):
         self._leave_meta(x_BlD.device)
         x_BlD = given.real(x_BlD)
         scores_BlE = self.router(x_BlD)
-        # A rank that takes no part in backward would leave its peers waiting there.
+        # A rank that takes no part in backward would leave its peers waiting there. Gradients of tokens or weights
+        # pass through all experts: so experts may learn on some ranks only.
         of_rows = torch.is_grad_enabled() and (x_BlD.requires_grad or scores_BlE.requires_grad)
-        of_experts = torch.is_grad_enabled() and any(w.requires_grad for w in self.experts.parameters())
-        also = f"gradients of tokens or weights {of_rows}, of experts {of_experts}"
+        of_any = of_rows or (torch.is_grad_enabled() and any(w.requires_grad for w in self.experts.parameters()))
+        also = f"gradients of tokens or weights {of_rows}, of these or experts {of_any}"
         terms = self._terms(sharding, x_BlD.dtype, also)
         plan = self._plans.recall(lambda: self._plan(scores_BlE.detach(), given, terms))
         weight_BlK = self.router.weigh(scores_BlE, plan.expert_BlK)
         rows = start_dispatch(x_BlD, weight_BlK, plan)
         shared_BlD = None if self.shared is None else self.shared(x_BlD)  # while the rows are on their way
         x_MD, weight_M = rows.finish()
-        y_BlD = combine(self.experts(x_MD, plan.rows_per_expert_e, weight_M), plan)
+        y_MD = self.experts(x_MD, plan.rows_per_expert_e, weight_M)
+        y_BlD = combine(passed_on(y_MD, weight_M) if of_any else y_MD, plan)
         y_BlD = y_BlD if shared_BlD is None else y_BlD + shared_BlD
         return given.real(y_BlD), given.real(scores_BlE)
 

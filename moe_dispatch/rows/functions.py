@@ -56,12 +56,16 @@ class FinishDispatch(torch.autograd.Function):
 
     forward   x_MD, weight_M = one copy of what came for each choice
     backward  send back the sums of d x_MD, and d weight_M in its token's row
+
+    Saves an empty tensor: a checkpoint recomputes, and so dispatches again, on the ranks on which backward asks for
+    something saved. So all of them do before the exchange of backward, whatever their experts save.
     """
 
     @staticmethod
     @unseen_by_policies
     def forward(ctx: Any, link: Tensor, exchange: RowExchange, row_format: RowFormat) -> tuple[Tensor, Tensor]:
         ctx.exchange, ctx.row_format, plan = exchange, row_format, exchange.plan
+        ctx.save_for_backward(link.new_empty(0))
         buffer_RC = exchange.wait()
         weight_M = row_format.read_part(buffer_RC, 1)[plan.received_of_row_M, plan.choice_of_row_M]
         return row_format.read_rows(buffer_RC, 0, plan.received_of_row_M), weight_M
@@ -69,6 +73,7 @@ class FinishDispatch(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        _ = ctx.saved_tensors
         (grad_x_MD, grad_weight_M), plan = grads, ctx.exchange.plan
         grad_x_RD = sum_rows(grad_x_MD, plan.row_of_entry_M, plan.first_entry_R)[: plan.num_received]
         grad_weight_RK = grad_weight_M.new_zeros(plan.num_received + plan.spare, plan.expert_BlK.shape[2])

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..plan.metadata import DispatchMetadata
+from ..wire.callers import check_memory
 from ..wire.exchange import FinishedExchange, PendingExchange, start_exchange_into
 from .buffer import RowFormat
 
@@ -19,6 +20,7 @@ class RowExchange:
     def start(self, row_format: RowFormat, *tensors: Tensor) -> None:
         """Send rows of the tensors to the experts' ranks: one per (token, rank). This rank's own are gathered where
         they land, meanwhile."""
+        check_memory(*tensors)
         plan, device, (away, own) = self.plan, tensors[0].device, self._away_and_own()
         token_of_away_S, token_of_own_S = plan.token_of_sent_S.split([away, own])
         away_SC, received_RC = (

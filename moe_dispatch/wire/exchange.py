@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .callers import check_callers, check_memory
 from .policies import unseen_by_policies
 
 
@@ -115,6 +116,7 @@ def _exchange(
     group: dist.ProcessGroup,
     in_background: bool,
 ) -> dist.Work | None:
+    check_memory(out, rows)
     return dist.all_to_all_single(out, rows, list(received), list(sent), group=group, async_op=in_background)
 
 
@@ -129,12 +131,14 @@ def check_is_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
 
 
 def check_group(group: dist.ProcessGroup, num_ranks: int, what: str) -> None:
-    """Raise ValueError unless ``group`` is a process group of ``num_ranks`` ranks. No communication.
+    """Raise ValueError unless ``group`` is a process group of ``num_ranks`` ranks, and may exchange something now. No
+    communication.
 
     Args:
         what: that has a piece for each rank.
     """
     check_is_group(group)
+    check_callers(num_ranks)
     if group.size() != num_ranks:
         raise ValueError(
             f"{what} describes {num_ranks} ranks, but the group has {group.size()}; they have to be equal, one "

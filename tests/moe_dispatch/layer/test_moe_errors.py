@@ -86,20 +86,25 @@ def test_ranks_that_disagree_are_told_so(mistake: str, rank_pool: RankPool) -> N
 
 
 def one_rank_without_gradient(rank: int, without: str) -> str:
-    """What a layer with a frozen router says where tokens of rank 1, or its experts, need no gradient."""
+    """What a layer with a frozen router says where tokens of rank 1, or its experts and no tokens, need gradients."""
     moe, (x_BlD, _, _) = WRONG.layer(rank), WRONG.shards(rank)
     moe.router.requires_grad_(False)
-    if rank == 1:
-        (x_BlD if without == "tokens" else moe.experts).requires_grad_(False)
+    if rank == 1 or without == "experts":
+        x_BlD.requires_grad_(False)
+    if rank == 1 and without == "experts":
+        moe.experts.requires_grad_(False)
     return refusal(lambda: moe(x_BlD, sharding=WRONG.sharding))
 
 
-@pytest.mark.parametrize("without", ["tokens", "experts"])
-def test_a_rank_that_would_leave_backward_to_its_peers_is_told(without: str, rank_pool: RankPool) -> None:
+@pytest.mark.parametrize(("without", "of_others"), [("tokens", True), ("experts", False)])
+def test_a_rank_that_would_leave_backward_to_its_peers_is_told(
+    without: str, of_others: bool, rank_pool: RankPool
+) -> None:
     texts = rank_pool.run(one_rank_without_gradient, 3, without)
     assert len(set(texts)) == 1
     assert "the ranks disagree about one call" in texts[0]
-    assert "gradients of tokens or weights True, of experts True" in texts[0]
+    assert f"gradients of tokens or weights {of_others}, of these or experts True" in texts[0]
+    assert f"gradients of tokens or weights False, of these or experts {of_others}" in texts[0]
 
 
 def test_a_mistake_of_the_last_rank_is_told_too(rank_pool: RankPool) -> None:

@@ -106,3 +106,32 @@ def ignored(rank: int) -> list[str]:
 def test_what_was_ignored_before_stays_ignored(rank_pool: RankPool) -> None:
     names = ["0.bias", *(f"1.moe.{name}" for name in ("experts.down_eFD", "experts.gate_eDF", "experts.up_eDF"))]
     assert rank_pool.run(ignored, 2) == [[*names, "1.moe.load_E", "1.moe.report"]] * 2
+
+
+def joined(rank: int, throw: bool) -> str:
+    """Rank 1 has a batch more than rank 0."""
+    model = Model(Partition((2, 2)), world())
+    leave_experts_to_ranks(model)
+    wrapped = DistributedDataParallel(model)
+    x_BlD = SHARDING.shard(torch.ones(2, 5, 8), rank)
+    try:
+        with wrapped.join(throw_on_early_termination=throw):
+            for _ in range(1 + rank):
+                wrapped(x_BlD).sum().backward()
+    except (ValueError, RuntimeError) as error:
+        return str(error)
+    return ""
+
+
+def test_a_join_that_goes_on_without_some_ranks_is_refused(rank_pool: RankPool) -> None:
+    """It hung: the rank with a batch more waited for the other one's rows."""
+    text = (
+        "DistributedDataParallel.join() goes on without the ranks that have no batch left, but an exchange needs "
+        "every rank of its group; call the model on all ranks, with a sharding that gives those 0 tokens, or use "
+        "join(throw_on_early_termination=True)"
+    )
+    assert rank_pool.run(joined, 2, False) == [text] * 2
+
+
+def test_a_join_that_ends_all_ranks_together_ends_them(rank_pool: RankPool) -> None:
+    assert all("exhausted" in text for text in rank_pool.run(joined, 2, True))
