@@ -33,9 +33,12 @@ def reference_of(gradients: dict[str, Tensor], noise: dict[str, float]) -> Refer
     return Reference(training=training, noise=noise, epsilon=2.0**-52)
 
 
-def off_by(error: float, gradient: float, noise: float) -> bool:
-    """Whether a parameter with this gradient and noise, off by ``error``, agrees; beside one with gradient 1."""
-    gradients = {"a": torch.tensor([gradient, 0.0], dtype=torch.float64), "b": torch.ones(1, dtype=torch.float64)}
+def off_by(error: float, gradient: float, noise: float, *, largest: float = 1.0) -> bool:
+    """Whether a parameter with this gradient and noise, off by ``error``, agrees; beside one with the largest."""
+    gradients = {
+        "a": torch.tensor([gradient, 0.0], dtype=torch.float64),
+        "b": torch.full((1,), largest, dtype=torch.float64),
+    }
     reference = reference_of(gradients, {"a": noise, "b": 1e-15})
     found = replace(reference.training, gradients=gradients | {"a": gradients["a"] + error})
     return compare(found, reference, TOLERANCE)[2].agrees
@@ -54,6 +57,8 @@ def test_what_rounding_leaves_of_a_gradient_that_cancels_is_off_relative_to_its_
     assert not off_by(1e-16, 5e-19, 6e-19)  # a bug of 1 in 10 ** 12 of the terms
     assert off_by(1e-17, 0.0, 0.0)  # e.g. of a query that sees one key: another kernel may round
     assert not off_by(1e-11, 0.0, 0.0)
+    assert not off_by(1e-14, 0.0, 0.0, largest=1e-3)
+    assert off_by(1e-10, 0.0, 0.0, largest=1e3)
 
 
 def test_noise_hides_nothing_that_is_large_beside_the_largest_gradient() -> None:
