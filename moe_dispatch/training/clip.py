@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -24,6 +24,7 @@ def clip_grad_norm(
     *,
     norm_type: float = 2.0,
     stage_group: dist.ProcessGroup | None = None,
+    counted_elsewhere: Collection[nn.Parameter] = (),
     error_if_nonfinite: bool = False,
 ) -> Tensor:
     """``torch.nn.utils.clip_grad_norm_`` for a model of which each rank holds a part. Call it on every rank after the
@@ -41,6 +42,8 @@ def clip_grad_norm(
         norm_type: p of the p-norm, more than 0; ``math.inf`` for the largest absolute value.
         stage_group: the ranks, one per stage, that hold the other stages of a pipeline. Left out where ``model`` is
             the whole model.
+        counted_elsewhere: parameters of ``model`` that another stage holds a copy of, and counts (an embedding that
+            is the output head, too). They are scaled, but do not count here. Sum the gradients of the copies before.
         error_if_nonfinite: raise before anything is scaled.
 
     Returns:
@@ -49,7 +52,8 @@ def clip_grad_norm(
 
     Raises:
         GroupError: on every rank: a norm that is not finite, if asked for.
-        ValueError: a ``norm_type`` that is none, or FSDP1, whose ordinary tensors are pieces of parameters.
+        ValueError: a ``norm_type`` that is none, FSDP1, whose ordinary tensors are pieces of parameters, or a
+            parameter in ``counted_elsewhere`` that is none of the model's.
     """
     if not norm_type > 0:
         raise ValueError(f"norm_type is {norm_type!r}; use 2.0, another number above 0, or math.inf")
@@ -62,10 +66,16 @@ def clip_grad_norm(
     everything = [*parameters.replicated.values(), *parameters.on_mesh.values(), *parameters.experts.values()]
     dtype = torch.float64 if any(weight.dtype == torch.float64 for weight in model.parameters()) else torch.float32
     devices = {weight.device for weight in everything}
-    power = Power(
-        norm_type, dtype, max(devices, key=lambda device: device.type != "cpu", default=torch.device("cpu"))
-    )
-    total = power.of([weight.grad for weight in parameters.replicated.values() if weight.grad is not None])
+    elsewhere = frozenset(map(id, counted_elsewhere))
+    if not elsewhere <= set(map(id, everything)):
+        raise ValueError(
+            "counted_elsewhere has a parameter that is none of the model's; pass those of this stage, e.g. "
+            "[model.head.weight]"
+        )
+    device = max(devices, key=lambda device: device.type != "cpu", default=torch.device("cpu"))
+    power = Power(norm_type, dtype, device, elsewhere)
+    counted = map(power.gradient, parameters.replicated.values())
+    total = power.of([gradient for gradient in counted if gradient is not None])
     total = power.add(total, _on_mesh(parameters.on_mesh.values(), power))
     for group, mine in _experts_of_groups(model, parameters).items():
         total = power.add(total, power.over((group,), _on_mesh(mine, power)))
@@ -90,6 +100,11 @@ class Power:
     p: float
     dtype: torch.dtype
     device: torch.device
+    elsewhere: frozenset[int]  # ids of the parameters that another stage counts
+
+    def gradient(self, weight: nn.Parameter) -> Tensor | None:
+        """What counts of a parameter."""
+        return None if id(weight) in self.elsewhere else weight.grad
 
     def of(self, gradients: Iterable[Tensor]) -> Tensor:
         """Of tensors that this rank holds."""
@@ -130,7 +145,7 @@ def _on_mesh(weights: Iterable[nn.Parameter], power: Power) -> Tensor:
     # Keyed by parameters, not by gradients: every rank joins, also one whose gradients are missing.
     gradients_of_groups: dict[Groups, list[Tensor]] = {}
     for weight in weights:
-        groups, gradient = (), weight.grad
+        groups, gradient = (), power.gradient(weight)
         if is_on_mesh(weight):
             mesh, placements = weight.device_mesh, weight.placements
             groups = tuple(mesh.get_group(i) for i, placed in enumerate(placements) if not placed.is_replicate())

@@ -125,6 +125,35 @@ def test_stages_of_a_pipeline_have_one_norm(rank_threads: RankThreads) -> None:
     assert rank_threads.run(in_stages, 2) == [5.0, 5.0]
 
 
+def with_tied_weights(rank: int, norm_type: float) -> tuple[float, float]:
+    """Both stages hold one weight, the second counts only its own. The norm, and by how much all is off."""
+    torch.manual_seed(rank)
+    stage = nn.ModuleList([nn.Linear(3, 3, bias=False), nn.Linear(2, 2, bias=False)])
+    tied, own = (grad.double() for grad in (torch.arange(9.0).view(3, 3), torch.full((2, 2), rank + 20.0)))
+    stage.double()
+    for linear, grad in zip(stage.children(), (tied, own), strict=True):
+        linear.get_parameter("weight").grad = grad.clone()
+    elsewhere = [stage.get_parameter("0.weight")] * rank
+    norm = clip_grad_norm(stage, 1.0, norm_type=norm_type, stage_group=world(), counted_elsewhere=elsewhere)
+    grads = [grad_of(weight) for weight in stage.parameters()]
+    return norm.item(), max(difference(grad, x / (norm + 1e-6)) for grad, x in zip(grads, (tied, own), strict=True))
+
+
+@pytest.mark.parametrize("norm_type", [2.0, 3.0, math.inf])
+def test_a_weight_of_two_stages_counts_once_and_is_scaled_in_both(
+    rank_threads: RankThreads, norm_type: float
+) -> None:
+    whole = torch.cat([torch.arange(9.0), torch.full((4,), 20.0), torch.full((4,), 21.0)]).double()
+    for norm, off in rank_threads.run(with_tied_weights, 2, norm_type):
+        assert norm == pytest.approx(whole.norm(norm_type).item(), rel=1e-12)
+        assert off <= TOLERANCE
+
+
+def test_what_another_stage_counts_is_a_parameter_of_this_one() -> None:
+    with pytest.raises(ValueError, match="counted_elsewhere has a parameter that is none of the model's"):
+        clip_grad_norm(nn.Linear(2, 2), 1.0, counted_elsewhere=[nn.Parameter(torch.zeros(1))])
+
+
 def test_the_norm_of_low_precision_is_float32_and_precise() -> None:
     """1000 times 1.0078125: its squares summed in bfloat16 would stop at 256."""
     weight = nn.Parameter(torch.zeros(1000, dtype=torch.bfloat16))
