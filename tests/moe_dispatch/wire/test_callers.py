@@ -58,5 +58,5 @@ def refused(rank: int, what: str, transform: str) -> str:
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("what", ["MoE", "attention", "exchange_rows"])
 def test_a_transform_is_refused_on_every_rank(rank_threads: RankThreads, what: str, transform: str) -> None:
-    """A batched backward of attention sent memory that was not the gradient's, and crashed."""
+    """torch named operations of ours; in a batched backward of attention, ranks that are threads crashed."""
     assert rank_threads.run(refused, 3, what, transform) == [TEXT] * 3
