@@ -51,17 +51,13 @@ def _averaged(model: nn.Module) -> str:
 
 def _meshes_too_small(parameters: Parameters, group: dist.ProcessGroup) -> str:
     ranks = set(dist.get_process_group_ranks(group))
-    seen: set[int] = set()
     for name, weight in parameters.on_mesh.items():
-        assert is_on_mesh(weight)
-        mesh = weight.device_mesh
-        if id(mesh) not in seen and (missing := ranks - set(mesh.mesh.flatten().tolist())):
+        if is_on_mesh(weight) and (missing := ranks - set(weight.device_mesh.mesh.flatten().tolist())):
             return (
                 f"{name} is a DTensor whose mesh leaves out the ranks {sorted(missing)}, so its gradient is no sum "
                 "over all; give fully_shard a mesh of all ranks of the group, e.g. of two dimensions, the first of "
                 "copies"
             )
-        seen.add(id(mesh))
     return ""
 
 

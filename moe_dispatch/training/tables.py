@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..errors import DisagreementError
-from ..wire.agreement import BAD, Statement
+from ..wire.agreement import BAD, Statement, who_says_what
 from ..wire.exchange import exchange_rows
 from .parameters import device_of
 
@@ -111,11 +111,8 @@ def _first_difference(lines_P: Sequence[Mapping[str, str]], scope_P: Sequence[in
     found: list[str] = []
     for ranks in ranks_of_scope.values():
         for name in dict.fromkeys(name for rank in ranks for name in lines_P[rank]):
-            ranks_of_line: dict[str, list[int]] = defaultdict(list)
-            for rank in ranks:
-                ranks_of_line[lines_P[rank].get(name, NO_SUCH)].append(rank)
-            if len(ranks_of_line) > 1:
-                told = "; ".join(f"rank{'s' * (len(at) > 1)} {at}: {line}" for line, at in ranks_of_line.items())
-                found.append(f"{name} is not the same on all ranks ({told})")
+            line_of_rank = {rank: lines_P[rank].get(name, NO_SUCH) for rank in ranks}
+            if len(set(line_of_rank.values())) > 1:
+                found.append(f"{name} is not the same on all ranks ({who_says_what(line_of_rank)})")
     more = f", and {len(found) - 1} more like it" if len(found) > 1 else ""
     return found[0] + more

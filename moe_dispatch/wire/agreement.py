@@ -6,7 +6,7 @@ the same text, and nobody waits for a peer that left.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NoReturn
 from zlib import crc32
@@ -73,13 +73,24 @@ class Statement:
         if problem_of_rank:
             told = "; ".join(f"rank {rank}: {problem}" for rank, problem in problem_of_rank.items())
             raise RankMistakeError(told, tuple(problem_of_rank)) from self.cause
-        ranks_of_facts: dict[str, list[int]] = defaultdict(list)
-        for rank, (_, facts) in enumerate(texts):
-            ranks_of_facts[facts].append(rank)
-        told = "; ".join(f"rank{'s' * (len(ranks) > 1)} {ranks}: {facts}" for facts, ranks in ranks_of_facts.items())
+        told = who_says_what({rank: facts for rank, (_, facts) in enumerate(texts)})
         raise DisagreementError(
             f"the ranks disagree about one call ({told}); every rank of the group has to pass the same values"
         )
+
+
+def ranks_by_text(text_of_rank: Mapping[int, str]) -> dict[str, list[int]]:
+    """Which ranks say each text, in the order of the first of them."""
+    ranks_of_text: dict[str, list[int]] = defaultdict(list)
+    for rank, text in text_of_rank.items():
+        ranks_of_text[text].append(rank)
+    return ranks_of_text
+
+
+def who_says_what(text_of_rank: Mapping[int, str]) -> str:
+    """Each text once, after the ranks that say it."""
+    by_text = ranks_by_text(text_of_rank)
+    return "; ".join(f"rank{'s' * (len(ranks) > 1)} {ranks}: {text}" for text, ranks in by_text.items())
 
 
 def agree(facts: str, *, device: torch.device, group: dist.ProcessGroup, problem: str = "") -> None:

@@ -4,7 +4,6 @@ import json
 import os
 import time
 import traceback
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from datetime import timedelta
@@ -16,6 +15,7 @@ import torch.distributed as dist
 
 from ....testing.processes.rank_process import missing_interface
 from ....testing.worlds import MadeGroups
+from ....wire.agreement import ranks_by_text, who_says_what
 from ..exits import MAY_BE_LEFT, CouldNotRun
 from .presence import MeetingPoint, Presence
 
@@ -178,17 +178,13 @@ def disagreement(brought: Sequence[Mapping[str, Any]]) -> str:
     Args:
         brought: of each rank, ``{"problem": text, "facts": {name: text}}``.
     """
-    ranks_of_problem: dict[str, list[int]] = defaultdict(list)
-    for rank, of_rank in enumerate(brought):
-        if of_rank["problem"]:
-            ranks_of_problem[of_rank["problem"]].append(rank)
-    if ranks_of_problem:
-        return "; ".join(f"rank {ranks}: {problem}" for problem, ranks in ranks_of_problem.items())
+    problems = {rank: of_rank["problem"] for rank, of_rank in enumerate(brought) if of_rank["problem"]}
+    if problems:
+        return who_says_what(problems)
     told = []
     for name in dict.fromkeys(name for of_rank in brought for name in of_rank["facts"]):
-        ranks_of_fact: dict[str, list[int]] = defaultdict(list)
-        for rank, of_rank in enumerate(brought):
-            ranks_of_fact[of_rank["facts"].get(name, "missing")].append(rank)
+        fact_of_rank = {rank: of_rank["facts"].get(name, "missing") for rank, of_rank in enumerate(brought)}
+        ranks_of_fact = ranks_by_text(fact_of_rank)
         if len(ranks_of_fact) > 1:
             values = ", ".join(f"{fact} on rank {ranks}" for fact, ranks in ranks_of_fact.items())
             told.append(f"{name} is {values}")

@@ -41,7 +41,7 @@ def test_of_many_differences_the_first_are_told() -> None:
 
 def test_what_one_rank_has_wrong_comes_before_what_differs() -> None:
     brought = [of_rank(steps="3"), of_rank("no such file", steps="4"), of_rank("no such file")]
-    assert disagreement(brought) == "rank [1, 2]: no such file"
+    assert disagreement(brought) == "ranks [1, 2]: no such file"
 
 
 def test_an_interface_that_is_not_there_is_named() -> None:
