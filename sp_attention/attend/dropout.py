@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-NUM_SEEDS = 2**55  # a header holds ints of 56 bits, with the sign (call/header.py)
+NUM_SEEDS = 2**63 - 1
 
 
 def draw_seed(device: torch.device) -> Tensor:

@@ -21,12 +21,12 @@ def inputs_to_heads(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """My tokens of q, k and v, all heads -> all tokens, my heads. Makes sure that all ranks mean the same call.
 
-    One collective. The words and seeds are 16 bytes per pair of ranks in it.
+    One collective. The words and seeds are 16 numbers per pair of ranks in it.
 
     Args:
         inputs: q, k and v of this rank. Where this rank has a problem, zeros are sent instead.
         statement: what this rank believes about the call.
-        seed: () int64 of this rank, of 56 bits, on the device of the tensors.
+        seed: () int64 of this rank, on the device of the tensors.
 
     Returns:
         ``q_BLnH``, ``k_BLgH``, ``v_BLgH``, batch first, and the seed of the group's first rank.
@@ -51,7 +51,7 @@ def inputs_to_heads(
 def output_to_tokens(out_BLnH: Tensor, inputs: AttentionInputs, statement: Statement) -> Tensor:
     """All tokens of the output, my heads -> my tokens, all heads. Makes sure that every rank has an output.
 
-    One collective. The words are 8 bytes per pair of ranks in it.
+    One collective. The words are 8 numbers per pair of ranks in it.
 
     Args:
         out_BLnH: batch first. Where there is a problem, anything of the right shape and dtype.

@@ -12,7 +12,7 @@ from tests.support.attention.case import Case, named_case
 from tests.support.attention.sent import Sent, counted
 from tests.support.attention.whole import Whole, shares_of_ulysses
 
-HEADER_BYTES = (16, 8)  # of each pair of ranks, in the two exchanges forward; none in their gradients
+HEADER_NUMBERS = (16, 8)  # of each pair of ranks, in the two exchanges forward; none in their gradients
 WIRED = {
     "the shape table": named_case(2, "none", (3, 2), num_heads=(4, 2), widths=(6, 4)),
     "a rank without tokens": named_case(3, "causal", (3, 0, 4), num_heads=(6, 3), widths=(6, 4)),
@@ -52,8 +52,8 @@ def planned(case: Case, rank: int, element_bytes: int) -> list[Sent]:
         forward.append(Sent(tuple(to for to, _ in pairs), tuple(back for _, back in pairs)))
     backward = [Sent(sent.back, sent.to) for sent in reversed(forward)]
     with_headers = []
-    for sent, header_bytes in zip(forward, HEADER_BYTES, strict=True):
-        header = [header_bytes * (other != rank) for other in range(case.ranks)]
+    for sent, numbers in zip(forward, HEADER_NUMBERS, strict=True):
+        header = [numbers * element_bytes * (other != rank) for other in range(case.ranks)]
         with_headers.append(Sent(tuple(map(add, sent.to, header)), tuple(map(add, sent.back, header))))
     return [*with_headers, *backward]
 
@@ -85,4 +85,4 @@ def test_the_bytes_of_the_shape_table(rank_pool: RankPool) -> None:
     """B 2, L 5 = 3 + 2, 4 over 2 heads, widths 6 and 4: what rank 0 hands rank 1, in float64, by hand."""
     (sent, _), _ = rank_pool.run(sent_and_planned, 2, WIRED["the shape table"], torch.float64)
     q, k, v, out = 3 * 2 * 2 * 6, 3 * 2 * 1 * 6, 3 * 2 * 1 * 4, 2 * 2 * 2 * 4
-    assert [sent[0].to[1], sent[1].to[1]] == [16 + 8 * (q + k + v), 8 + 8 * out]
+    assert [sent[0].to[1], sent[1].to[1]] == [8 * (16 + q + k + v), 8 * (8 + out)]
