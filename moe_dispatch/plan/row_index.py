@@ -82,6 +82,7 @@ class ReceivedRows:
         g_of_entry_M = flat_of_entry_M // tokens.num_choices
         token_of_entry_M = tokens.token_of_G.index_select(0, g_of_entry_M)
         mine_of_entry_M = self.mine_GK.index_select(0, flat_of_entry_M)
+        choice_of_entry_M = flat_of_entry_M.sub(g_of_entry_M, alpha=tokens.num_choices)
         received_of_entry_M = self.received_before_G1.index_select(0, g_of_entry_M)
         entry_M = torch.arange(num_rows, device=mine_of_entry_M.device)
         # Every received row has an entry, so the least one is where it starts; ``starts`` takes 5 times as long.
@@ -89,7 +90,7 @@ class ReceivedRows:
             0, received_of_entry_M, entry_M, "amin"
         )
         return {
-            **rows_of_entries(tokens, mine_of_entry_M, token_of_entry_M, received_of_entry_M, flat_of_entry_M),
+            **rows_of_entries(tokens, mine_of_entry_M, token_of_entry_M, received_of_entry_M, choice_of_entry_M),
             "first_entry_R": first_entry_R,
         }
 
@@ -99,7 +100,7 @@ def rows_of_entries(
     mine_of_entry_M: Tensor,
     token_of_entry_M: Tensor,
     received_of_entry_M: Tensor,
-    flat_of_entry_M: Tensor,
+    choice_of_entry_M: Tensor,
 ) -> dict[str, Tensor]:
     """Entries -> rows: by expert, then global token, then choice; ``mine`` counts from 1, and is larger than all
     experts where an entry belongs to none."""
@@ -109,7 +110,7 @@ def rows_of_entries(
         "rows_per_expert_e": torch.searchsorted(key_of_row_M, tokens.first_key_e1).diff(),
         "token_of_row_M": token_of_entry_M.index_select(0, entry_of_row_M),
         "received_of_row_M": received_of_entry_M.index_select(0, entry_of_row_M),
-        "choice_of_row_M": (flat_of_entry_M % tokens.num_choices).index_select(0, entry_of_row_M),
+        "choice_of_row_M": choice_of_entry_M.index_select(0, entry_of_row_M),
         "row_of_entry_M": inverse(entry_of_row_M),
     }
 

@@ -60,8 +60,9 @@ def index_received(mine_GK: Tensor, tokens: GroupTokens, in_pair: int, num_rows:
     token_of_entry_M = _with_last(tokens.token_of_G, -1).index_select(0, g_of_entry_M)
     mine_of_entry_M = _with_last(mine_GK, after_mine).index_select(0, flat_of_entry_M)
     slot_of_entry_M = _with_last(slot_G, num_received).index_select(0, g_of_entry_M)
+    choice_of_entry_M = flat_of_entry_M.sub(g_of_entry_M, alpha=num_choices)
     return {
-        **rows_of_entries(tokens, mine_of_entry_M, token_of_entry_M, slot_of_entry_M, flat_of_entry_M),
+        **rows_of_entries(tokens, mine_of_entry_M, token_of_entry_M, slot_of_entry_M, choice_of_entry_M),
         "first_entry_R": _starts_and_rest(slot_of_entry_M, num_received),
     }
 

@@ -44,7 +44,7 @@ class RowFormat:
 
     def read_part(self, buffer_NC: Tensor, part: int) -> Tensor:
         """One of the parts."""
-        return self._as_rows(self._split(buffer_NC)[part], self._dtypes[part])
+        return self._as_rows(self._part(buffer_NC.view(self._unit), part), self._dtypes[part])
 
     def sum_part(self, buffer_SC: Tensor, part: int, row_of_entry: Tensor, first_entry: Tensor) -> Tensor:
         """:func:`sum_rows` of one part.
@@ -56,14 +56,17 @@ class RowFormat:
         most_of_the_row = 2 * self._widths[part] >= sum(self._widths)
         if dtype.itemsize != self._unit.itemsize or not most_of_the_row:
             return sum_rows(self.read_part(buffer_SC, part), row_of_entry, first_entry)
-        return sum_rows(buffer_SC.view(dtype), row_of_entry, first_entry).split(self._widths, dim=1)[part]
+        return self._part(sum_rows(buffer_SC.view(dtype), row_of_entry, first_entry), part)
 
     def read_rows(self, buffer_NC: Tensor, part: int, row_of_M: Tensor) -> Tensor:
         """Rows ``row_of_M`` of one part, in one pass."""
-        return self._split(buffer_NC)[part].index_select(0, row_of_M).view(self._dtypes[part])
+        return self._part(buffer_NC.view(self._unit), part).index_select(0, row_of_M).view(self._dtypes[part])
 
     def _split(self, buffer_NC: Tensor) -> tuple[Tensor, ...]:
-        return buffer_NC.view(self._unit).split(self._widths, dim=1)
+        return buffer_NC.view(self._unit).split_with_sizes(self._widths, dim=1)
+
+    def _part(self, units_NC: Tensor, part: int) -> Tensor:
+        return units_NC.narrow(1, sum(self._widths[:part]), self._widths[part])
 
     def _as_units(self, rows: Tensor) -> Tensor:
         if rows.itemsize == self._unit.itemsize:

@@ -22,7 +22,7 @@ class RowExchange:
         they land, meanwhile."""
         check_memory(*tensors)
         plan, device, (away, own) = self.plan, tensors[0].device, self._away_and_own()
-        token_of_away_S, token_of_own_S = plan.token_of_sent_S.split([away, own])
+        token_of_away_S, token_of_own_S = plan.token_of_sent_S.split_with_sizes([away, own])
         away_SC, received_RC = (
             row_format.empty(away, device),
             row_format.empty(plan.num_received + plan.spare, device),
@@ -40,7 +40,7 @@ class RowExchange:
         if len(plan.rows_sent) == 1:
             self._pending = FinishedExchange(rows_RC)
             return
-        from_RC, own_RC = rows_RC.split([plan.num_received - own, own])
+        from_RC, own_RC = rows_RC.split_with_sizes([plan.num_received - own, own])
         received_SC = rows_RC.new_empty(away + own, rows_RC.shape[1])
         self._pending = start_exchange_into(received_SC, from_RC, plan.rows_from_others, plan.rows_away, plan.group)
         received_SC[away:] = own_RC

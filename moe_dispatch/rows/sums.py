@@ -17,7 +17,7 @@ BFLOAT16_PARTS = 3  # three of 8 bits hold the 24 bits of a float32
 
 def take_rows(rows_ND: Tensor, row_of_M: Tensor, out: Tensor | None = None) -> Tensor:
     """(M, D): rows ``row_of_M``; zeros where there are no rows to take."""
-    if not len(rows_ND):
+    if not rows_ND.shape[0]:
         return out.zero_() if out is not None else rows_ND.new_zeros(len(row_of_M), rows_ND.shape[1])
     return torch.index_select(rows_ND, 0, row_of_M, out=out)
 

@@ -215,13 +215,13 @@ def exchange_tensors(
     to_others, from_others = ([[] if r == rank else xs for r, xs in enumerate(way)] for way in (sent, received))
     sizes_sent, sizes_received = ([[x.numel() for x in xs] for xs in way] for way in (to_others, from_others))
     buffer = sent[rank][0].new_empty(sum(map(sum, sizes_sent)))
-    for part, x in zip(buffer.split(list(chain(*sizes_sent))), chain(*to_others), strict=True):
+    for part, x in zip(buffer.split_with_sizes(list(chain(*sizes_sent))), chain(*to_others), strict=True):
         part.view(x.shape).copy_(x)
     pending = start_exchange(buffer, list(map(sum, sizes_sent)), list(map(sum, sizes_received)), group)
     for x, out in zip(sent[rank], received[rank], strict=True):
         out.copy_(x)
     arrived = pending.wait()
-    for part, x in zip(arrived.split(list(chain(*sizes_received))), chain(*from_others), strict=True):
+    for part, x in zip(arrived.split_with_sizes(list(chain(*sizes_received))), chain(*from_others), strict=True):
         x.copy_(part.view(x.shape))
 
 
