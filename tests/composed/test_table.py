@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from moe_dispatch.testing import RankPool, RankThreads
+from tests.support.compile import untraced
 from tests.support.composed.compiled import COMPILED
 from tests.support.composed.subjects import LAYOUTS, SUBJECTS, made, shards_of
 from tests.support.composed.ways import WAYS, plainly
@@ -64,6 +65,7 @@ def test_a_way_to_use_it(rank_threads: RankThreads, way: str, what: str, layout:
     assert rank_threads.run(off_by, 2, way, what, layout) == [0.0, 0.0]
 
 
+@untraced()
 def wrapped_off_by(rank: int, wrapper: str, what: str, layout: str) -> float:
     with placed(what, layout) as place:
         wanted, got = WRAPPERS[wrapper].wanted(place), WRAPPERS[wrapper].run(place)

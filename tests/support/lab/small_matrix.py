@@ -8,6 +8,7 @@ from moe_dispatch.lab.validate.config.load import load_config
 from moe_dispatch.lab.validate.config.tables import RowConfig, ValidateConfig
 from moe_dispatch.lab.validate.text import Corpus, batches_of_bytes, default_text
 from moe_dispatch.testing import RankPool
+from tests.support.compile import untraced
 from tests.support.lab.configs import CONFIGS
 
 T = TypeVar("T")
@@ -41,6 +42,18 @@ class PoolRanks:
 
     def run(self, fn: Callable[..., T], *args: Any) -> T:
         return self.pool.run(fn, self.size, *args, timeout=120)[0]
+
+
+class UncoveredRanks(PoolRanks):
+    """Ranks without coverage, for rows of what other tests cover."""
+
+    def run(self, fn: Callable[..., T], *args: Any) -> T:
+        return super().run(run_untraced, fn, *args)
+
+
+@untraced()
+def run_untraced(fn: Callable[..., T], *args: Any) -> T:
+    return fn(*args)
 
 
 def default_corpus(config: ValidateConfig) -> Corpus:

@@ -15,7 +15,15 @@ from moe_dispatch.lab.validate.matrix import run_matrix
 from moe_dispatch.lab.validate.results import QUANTITIES, RowResult
 from moe_dispatch.lab.validate.run import reference_targets, run_reference, run_row
 from moe_dispatch.testing import RankPool
-from tests.support.lab.small_matrix import PACKED, PoolRanks, QuietWatcher, default_corpus, row, small_config
+from tests.support.lab.small_matrix import (
+    PACKED,
+    PoolRanks,
+    QuietWatcher,
+    UncoveredRanks,
+    default_corpus,
+    row,
+    small_config,
+)
 
 T = TypeVar("T")
 ROWS = (
@@ -31,7 +39,7 @@ ROWS = (
 
 def test_every_kind_of_parallelism_agrees_with_one_process_in_float64(rank_pool: RankPool) -> None:
     config = small_config(*ROWS)
-    ranks = PoolRanks(rank_pool, 4)
+    ranks = UncoveredRanks(rank_pool, 4)
     found = run_matrix(config, ROWS, default_corpus(config), mutant="", ranks=ranks, watcher=QuietWatcher())
     for result in found.rows:
         assert result.agrees, (result.name, result.differences)

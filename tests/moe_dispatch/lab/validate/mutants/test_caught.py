@@ -9,7 +9,7 @@ from moe_dispatch import Partition, TokenSharding
 from moe_dispatch.lab.validate.matrix import run_mutants
 from moe_dispatch.lab.validate.mutants.mutants import MUTANTS, mutated
 from moe_dispatch.testing import RankPool
-from tests.support.lab.small_matrix import PACKED, PoolRanks, QuietWatcher, default_corpus, row, small_config
+from tests.support.lab.small_matrix import PACKED, QuietWatcher, UncoveredRanks, default_corpus, row, small_config
 
 pytestmark = pytest.mark.usefixtures("uncovered")
 
@@ -24,7 +24,12 @@ def test_every_mutant_is_caught(rank_pool: RankPool) -> None:
     config = small_config(*rows, ranks=2)
     config = replace(config, model=replace(config.model, layers=1, dense_layers=0))
     found = run_mutants(
-        config, rows, default_corpus(config), mutants=MUTANTS, ranks=PoolRanks(rank_pool, 2), watcher=QuietWatcher()
+        config,
+        rows,
+        default_corpus(config),
+        mutants=MUTANTS,
+        ranks=UncoveredRanks(rank_pool, 2),
+        watcher=QuietWatcher(),
     )
     assert [control.name for control in found.controls] == [row.name for row in rows]
     assert all(control.agrees for control in found.controls)
