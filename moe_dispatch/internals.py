@@ -4,7 +4,7 @@ from .wire.agreement import BAD, Statement, digest
 from .wire.autocast import cast_to_autocast, without_autocast
 from .wire.exchange import check_group, check_is_group, start_exchange
 from .wire.group_copy import copy_in_group, state_without_group
-from .wire.local_tensors import is_dtensor, problem_of_dtensors
+from .wire.local_tensors import is_dtensor, problem_of_dtensors, refuse_dtensors
 from .wire.policies import unseen_by_policies
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "digest",
     "is_dtensor",
     "problem_of_dtensors",
+    "refuse_dtensors",
     "start_exchange",
     "state_without_group",
     "unseen_by_policies",

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .callers import check_callers, check_memory
+from .local_tensors import refuse_dtensors
 from .policies import unseen_by_policies
 
 
@@ -162,8 +163,10 @@ def exchange_rows(rows: Tensor, sent: Sequence[int], received: Sequence[int], gr
     do not agree on cannot be seen from one of them: the backend reports them, or waits.
 
     Raises:
-        ValueError: counts of the wrong number or sum, or a group that is not one. Raised before the collective.
+        ValueError: counts of the wrong number or sum, a group that is not one, or a DTensor. Raised before the
+            collective.
     """
+    refuse_dtensors(rows=rows)
     sent, received = tuple(sent), tuple(received)
     check_group(group, len(sent), f"sent = {sent}")
     if len(received) != len(sent) or min(*sent, *received) < 0 or sum(sent) != rows.shape[0]:

@@ -8,6 +8,12 @@ def is_dtensor(x: object) -> bool:
     return type(x) is not Tensor and any(kind.__name__ == "DTensor" for kind in type(x).__mro__)
 
 
+def refuse_dtensors(**tensors: object) -> None:
+    """ValueError where one of them is a DTensor."""
+    if problem := problem_of_dtensors(**tensors):
+        raise ValueError(problem)
+
+
 def problem_of_dtensors(**tensors: object) -> str:
     """What is wrong where one of them, by the name of its argument, is a DTensor; empty where none is."""
     for name, x in tensors.items():

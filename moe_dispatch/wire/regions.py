@@ -7,6 +7,7 @@ from torch import Tensor
 from ..layout.sharding import TokenSharding
 from ..layout.stacked import stacked_tokens
 from .exchange import check_group, exchange_rows
+from .local_tensors import refuse_dtensors
 
 
 def place_tokens(x_BlD: Tensor, *, sharding: TokenSharding, rank: int) -> Tensor:
@@ -20,8 +21,9 @@ def place_tokens(x_BlD: Tensor, *, sharding: TokenSharding, rank: int) -> Tensor
         one.
 
     Raises:
-        ValueError: a shape that is not the rank's shard.
+        ValueError: a shape that is not the rank's shard, or a DTensor.
     """
+    refuse_dtensors(x_BlD=x_BlD)
     sharding.check_local(x_BlD, rank)
     x_TD = x_BlD.new_zeros((sharding.num_tokens, *x_BlD.shape[2:]))
     x_TD = x_TD.index_copy(0, sharding.tokens(rank, x_BlD.device), x_BlD.flatten(0, 1))
@@ -40,9 +42,10 @@ def gather_tokens(x_BlD: Tensor, *, sharding: TokenSharding, group: dist.Process
         whole counts.
 
     Raises:
-        ValueError: a shape that is not this rank's shard, a sharding that leaves tokens out, or a group of another
-            size. Raised on this rank before the collective.
+        ValueError: a shape that is not this rank's shard, a DTensor, a sharding that leaves tokens out, or a group
+            of another size. Raised on this rank before the collective.
     """
+    refuse_dtensors(x_BlD=x_BlD)
     check_group(group, sharding.num_ranks, "the token sharding")
     sharding.check_whole("gather_tokens")
     sharding.check_local(x_BlD, group.rank())

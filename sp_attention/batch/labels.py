@@ -6,7 +6,7 @@ All of whole sequences, batch first, before anything is cut.
 import torch
 from torch import Tensor
 
-from moe_dispatch.internals import unseen_by_policies
+from moe_dispatch.internals import refuse_dtensors, unseen_by_policies
 
 from ..attend.documents import Documents
 from ..dtypes import is_integer
@@ -36,8 +36,9 @@ def shift_labels(
         (B, L) int64. The last token of a sequence or document has no target, nor has one at padding or before it.
 
     Raises:
-        ValueError: labels, a mask or documents that cannot be.
+        ValueError: labels, a mask or documents that cannot be, or a DTensor.
     """
+    refuse_dtensors(label_BL=label_BL)
     if label_BL.ndim != 2 or not is_integer(label_BL):
         raise ValueError(f"labels are {tuple(label_BL.shape)} of {label_BL.dtype}; they have to be (B, L) ints")
     batch, length = label_BL.shape

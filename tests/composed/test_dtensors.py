@@ -17,6 +17,9 @@ from moe_dispatch import (
     TopKRouter,
     combine,
     dispatch,
+    exchange_rows,
+    gather_tokens,
+    place_tokens,
     plan_dispatch,
     plan_static,
 )
@@ -29,6 +32,7 @@ from sp_attention import (
     mean_cross_entropy,
     mean_loss,
     shard_batch,
+    shift_labels,
     ulysses_attention,
 )
 from tests.support.attention.batches import GOOD, tokens
@@ -152,3 +156,22 @@ def test_a_dtensor_is_refused_on_every_rank(rank_pool: RankPool) -> None:
             else:
                 wanted = f"rank {at}: {name} is a DTensor; pass this rank's ordinary tensor, {name}.to_local()"
             assert text == wanted, what
+
+
+def of_one_rank(rank: int) -> dict[str, str]:
+    """What only this rank can see, and says without its number."""
+    of, group = Inputs(rank), world()
+    x_BlD, label_BL = of.everywhere(of.x_BlD), of.everywhere(tokens(2, 5))
+    return {
+        "x_BlD gathered": refusal(lambda: gather_tokens(x_BlD, sharding=SHARDING, group=group)),
+        "x_BlD placed": refusal(lambda: place_tokens(x_BlD, sharding=SHARDING, rank=rank)),
+        "rows": refusal(lambda: exchange_rows(x_BlD, (1, 1), (1, 1), group)),
+        "label_BL": refusal(lambda: shift_labels(label_BL)),
+    }
+
+
+def test_a_dtensor_is_refused_before_it_is_gathered_or_shifted(rank_pool: RankPool) -> None:
+    for texts in rank_pool.run(of_one_rank, RANKS):
+        for what, text in texts.items():
+            name = what.split()[0]
+            assert text == f"{name} is a DTensor; pass this rank's ordinary tensor, {name}.to_local()"
