@@ -163,7 +163,7 @@ def test_what_runs_in_every_layer_does_not_wait_for_the_device(name: str) -> Non
 def test_the_exchange_knows_nothing_of_what_it_moves() -> None:
     source = FILES["moe_dispatch/wire/exchange.py"]
     inside = {name for name in imports(source) if name.startswith(".")}
-    assert {name.split(".")[1] for name in inside} == {"callers", "policies"}
+    assert {name.split(".")[1] for name in inside} == {"callers", "local_tensors", "policies"}
     assert "expert" not in source.lower()
 
 

@@ -63,7 +63,8 @@ def scaled_dot_product(
         return _tokens_first(out_BnLH, v_BLgH.shape[3])
     mask = MergedMask.of(lengths, is_causal, window, attn_mask, key_padding_mask, q_BLnH)
     q_BnLH = q_BnLH.masked_fill(mask.closed, 0.0)  # its gradient is 0, which times NaN would be NaN
-    if sinks_n is None and dropout is None:
+    one_key_by_parts = lengths[1] == 1 and mask.values.requires_grad  # torch multiplies by parts where a mask learns
+    if sinks_n is None and dropout is None and not one_key_by_parts:
         out_BnLH = F.scaled_dot_product_attention(
             q_BnLH, k_BgLH, v_BgLH, attn_mask=mask.values, scale=factor, enable_gqa=True
         )
