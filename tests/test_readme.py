@@ -43,6 +43,7 @@ def test_the_readme_shows_the_examples_as_they_are() -> None:
     block, *training_step = fences(README, "python")
     assert block == (EXAMPLES / "block.py").read_text()
     assert "\n\n".join(training_step) == (EXAMPLES / "training_step.py").read_text()
+    assert fences(ROOT / "docs/subjects.md", "python")[0] == (EXAMPLES / "subject.py").read_text()
 
 
 def test_the_block_prints_what_the_readme_shows() -> None:

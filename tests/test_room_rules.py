@@ -18,7 +18,7 @@ from tests.support.source import (
 )
 
 FILES = sources("moe_dispatch", "sp_attention")
-TOOLS = ("moe_dispatch/lab/", "moe_dispatch/testing/")
+TOOLS = ("moe_dispatch/lab/", "moe_dispatch/testing/", "moe_dispatch/judge/")
 # What a user imports to train; the rest is for tests and for the commands.
 LIBRARY = {
     name: source
@@ -187,7 +187,7 @@ def test_the_library_needs_no_extras() -> None:
 def test_tensors_are_made_where_inputs_are() -> None:
     """Parameters and buffers of a module are made on the default device, as torch's own modules do."""
     scope = LIBRARY | {name: source for name, source in FILES.items() if name.endswith("/reference.py")}
-    scope |= {name: source for name, source in FILES.items() if name.startswith(TOOLS[1])}
+    scope |= {name: source for name, source in FILES.items() if name.startswith(TOOLS[1:])}
     found = {(name, function) for name, source in scope.items() for function in made_without_device(source)}
     assert found == {
         ("moe_dispatch/layer/experts.py", "__init__"),

@@ -20,6 +20,7 @@ FLOORS = (
     ("moe_dispatch/layer/",),
     ("moe_dispatch/training/",),
     ("moe_dispatch/__init__.py", "moe_dispatch/internals.py"),
+    ("moe_dispatch/judge/",),
     ("moe_dispatch/reference.py", "moe_dispatch/testing/"),
     ("moe_dispatch/pytest_plugin.py",),
     ("sp_attention/dtypes.py",),

@@ -5,15 +5,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..desk.exits import EXIT_STATUS
-from ..desk.options import add_config, add_json, add_plot, add_timeout
+from ..desk.options import add_json, add_plot, add_timeout
 
 if TYPE_CHECKING:
     from .command import Job, Listing, Refusal
 
+DEFAULT, DEFAULT_OF_SUBJECTS = "deepseek_v3_debug", "matrix"
 DESCRIPTION = (
-    "Train a small DeepSeek-style model on real text under every row of a matrix of data, sequence, tensor and "
-    "expert parallelism, and compare logits, loss, gradients and the loss curve with one process. The command starts "
-    "its own ranks, or joins those of torchrun or srun. "
+    "Train a small DeepSeek-style model, or yours, on real text under every row of a matrix of data, sequence, "
+    "tensor and expert parallelism, and compare logits, loss, gradients and the loss curve with one process. The "
+    "command starts its own ranks, or joins those of torchrun or srun. "
     + EXIT_STATUS.format(fine="every row agrees (with --mutants: every mutant was caught)")
 )
 
@@ -23,7 +24,20 @@ def add_validate(commands: Any) -> None:
     parser: argparse.ArgumentParser = commands.add_parser(
         "validate", help="compare a model under every parallelism with one process", description=DESCRIPTION
     )
-    add_config(parser, default="deepseek_v3_debug", example="tiny")
+    parser.add_argument(
+        "config",
+        metavar="CONFIG",
+        nargs="?",
+        default="",
+        help=f"a TOML file, or the name of a packaged one, e.g. tiny (default: {DEFAULT}; with --subject: "
+        f"{DEFAULT_OF_SUBJECTS})",
+    )
+    parser.add_argument(
+        "--subject",
+        metavar="FILE.py:NAME",
+        help="judge this model instead of the small DeepSeek-style one: a class or object of a file, or of a package "
+        "(PACKAGE.MODULE:NAME); docs/subjects.md says what it needs",
+    )
     parser.add_argument(
         "--text", metavar="FILE", type=Path, help="train on this file (default: Python's own help texts)"
     )
@@ -46,4 +60,5 @@ def add_validate(commands: Any) -> None:
 def _prepare(arguments: argparse.Namespace) -> "Job | Listing | Refusal":
     from .command import prepare  # needs the extra "cli"
 
+    arguments.config = arguments.config or (DEFAULT_OF_SUBJECTS if arguments.subject else DEFAULT)
     return prepare(arguments)

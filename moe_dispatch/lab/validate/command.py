@@ -17,12 +17,14 @@ from ..desk.output import check_output
 from ..desk.packaged import find_config
 from ..desk.provenance import provenance, versions
 from ..desk.ranks.launch import Launched, Ranks, find_launched, find_ranks
-from .config.load import load_config
-from .config.tables import RowConfig, ValidateConfig
+from .config.load import load_config, load_matrix
+from .config.tables import MatrixConfig
 from .matrix import run_matrix, run_mutants
 from .mutants.mutants import MUTANTS
-from .report import document_of, print_matrix, print_mutants, print_rows, write_run
+from .rows import Row
 from .runs import MatrixRun, MutantsRun
+from .shown.report import document_of, print_matrix, print_mutants, print_rows, write_run
+from .sources import UserSource, debug_rows, rows_of_user
 from .text import Corpus, batches_of_bytes, batches_of_file, default_text
 
 MOST_TELL_SECONDS = 60.0  # that a rank with wrong input waits for its peers to come and hear of it
@@ -41,8 +43,8 @@ class Job:
     """
 
     name: str
-    config: ValidateConfig
-    rows: Sequence[RowConfig]
+    config: MatrixConfig
+    rows: Sequence[Row]
     text: Corpus
     ranks: Ranks
     mutant: str
@@ -57,12 +59,18 @@ class Job:
         if run.stop.reason:
             tell(run.stop.reason, run.status)
         if self.ranks.is_main and self.json:
-            write_run(self.json, document_of(self.config, run, text=self.text, origin=self.origin))
+            write_run(
+                self.json, document_of(self.config, run, text=self.text, subject=self.subject, origin=self.origin)
+            )
         if self.ranks.is_main and self.plot and isinstance(run, MatrixRun) and not run.stop.reason:
-            from .plot import write_plot  # needs the extra "plot"
+            from .shown.plot import write_plot  # needs the extra "plot"
 
             write_plot(self.plot, run, about=self._about())
         return run.status
+
+    @property
+    def subject(self) -> str:
+        return ", ".join(dict.fromkeys(row.source.told for row in self.rows))
 
     def _about(self) -> str:
         dtypes, date = " and ".join(self.config.dtypes), self.origin["date"][:16].replace("T", " ")
@@ -95,8 +103,8 @@ class Job:
 class Listing:
     """Rows that are printed and not run, by one of the ranks."""
 
-    config: ValidateConfig
-    rows: Sequence[RowConfig]
+    config: MatrixConfig
+    rows: Sequence[Row]
     is_main: bool
 
     def run(self) -> int:
@@ -139,11 +147,10 @@ def prepare(arguments: argparse.Namespace) -> Job | Listing | Refusal:
 
 
 def _job(arguments: argparse.Namespace, launched: Launched | None) -> Job | Listing:
-    path = find_config(arguments.config, tool="validate")
-    config = load_config(path)
+    path, config, rows = _config_and_rows(arguments)
     dtypes = chosen_names(arguments.dtypes, config.dtypes, what="dtype")
     config = replace(config, dtypes=tuple(dtype for dtype in config.dtypes if dtype in dtypes))
-    rows = _chosen_rows(arguments, config)
+    rows = _chosen_rows(arguments, rows)
     if arguments.list:
         if arguments.json or arguments.plot:
             raise ValueError("--list runs nothing that could be written; leave out --json and --plot")
@@ -172,27 +179,38 @@ def _job(arguments: argparse.Namespace, launched: Launched | None) -> Job | List
     )
 
 
-def _chosen_rows(arguments: argparse.Namespace, config: ValidateConfig) -> Sequence[RowConfig]:
+def _config_and_rows(arguments: argparse.Namespace) -> tuple[Path, MatrixConfig, Sequence[Row]]:
+    if arguments.subject is None:
+        path = find_config(arguments.config, tool="validate")
+        of_debug_model = load_config(path)
+        return path, of_debug_model, debug_rows(of_debug_model)
+    path = find_config(arguments.config, tool="subjects")
+    config = load_matrix(path)
+    return path, config, rows_of_user(config, UserSource.of(arguments.subject))
+
+
+def _chosen_rows(arguments: argparse.Namespace, rows: Sequence[Row]) -> Sequence[Row]:
     if arguments.mutant and arguments.mutant not in MUTANTS:
         raise ValueError(
             f"no mutant is named {arguments.mutant!r}; choose from: {choices(arguments.mutant, MUTANTS)}"
         )
-    chosen = chosen_names(arguments.rows, [row.name for row in config.rows], what="row")
-    return [row for row in config.rows if row.name in chosen]
+    chosen = chosen_names(arguments.rows, [row.name for row in rows], what="row")
+    return [row for row in rows if row.name in chosen]
 
 
-def _text(path: Path | None, rows: Sequence[RowConfig], *, steps: int) -> Corpus:
-    shapes = [(row.batch, row.seq) for row in rows]
+def _text(path: Path | None, rows: Sequence[Row], *, steps: int) -> Corpus:
+    shapes = [row.layout.shape for row in rows]
     if path is None:
         return batches_of_bytes(default_text(), shapes, steps=steps, name="Python's help()")
     return batches_of_file(path, shapes, steps=steps)
 
 
-def _facts(config: ValidateConfig, rows: Sequence[RowConfig], text: Corpus, *, mutant: str) -> dict[str, str]:
+def _facts(config: MatrixConfig, rows: Sequence[Row], text: Corpus, *, mutant: str) -> dict[str, str]:
     """What all ranks have to mean, by name: versions, the chosen rows, the text, and the config key by key."""
     return {
         **versions(),
         "--rows": ", ".join(row.name for row in rows),
+        "subject": ", ".join(dict.fromkeys(row.source.told for row in rows)),
         "--mutant": mutant,
         "text": f"{text.used} bytes used of {text.size}, SHA-256 {text.digest[:16]}",
         **_flat(asdict(config), ""),

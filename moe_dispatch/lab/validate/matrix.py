@@ -4,13 +4,15 @@ import time
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Protocol
 
+from ...judge.results import Reference
 from ...testing import RankError
 from ..desk.exits import CouldNotRun, Stop
 from ..desk.ranks.launch import Ranks
-from .config.tables import RowConfig, ValidateConfig
+from .config.tables import MatrixConfig
 from .mutants.mutants import Mutant
 from .results import RowResult
-from .run import Reference, run_reference, run_row
+from .rows import Row
+from .run import run_reference_of, run_row
 from .runs import MatrixRun, MutantRun, MutantsRun, ReferenceRun, catches
 from .text import Corpus
 
@@ -24,8 +26,8 @@ class Watcher(Protocol):
 
 
 def run_matrix(
-    config: ValidateConfig,
-    rows: Sequence[RowConfig],
+    config: MatrixConfig,
+    rows: Sequence[Row],
     text: Corpus,
     *,
     mutant: str,
@@ -53,8 +55,8 @@ def run_matrix(
 
 
 def run_mutants(
-    config: ValidateConfig,
-    rows: Sequence[RowConfig],
+    config: MatrixConfig,
+    rows: Sequence[Row],
     text: Corpus,
     *,
     mutants: Mapping[str, Mutant],
@@ -81,7 +83,7 @@ def run_mutants(
 
 
 def _run_mutant(
-    mutant: Mutant, rows: Sequence[RowConfig], runner: "_RowRunner", control_of_row: dict[str, RowResult]
+    mutant: Mutant, rows: Sequence[Row], runner: "_RowRunner", control_of_row: dict[str, RowResult]
 ) -> MutantRun:
     results: list[RowResult] = []
     for row in filter(mutant.shows_in, rows):
@@ -93,9 +95,10 @@ def _run_mutant(
     return MutantRun(name=mutant.name, description=mutant.description, rows=tuple(results))
 
 
-def _demand(row: RowConfig) -> tuple[int, int, int]:
-    kinds = sum(size > 1 for size in (row.dp, row.sp, row.tp, row.ep, row.batch))
-    return kinds, row.ep, row.batch * row.seq
+def _demand(row: Row) -> tuple[int, int, int]:
+    layout = row.layout
+    kinds = sum(size > 1 for size in (layout.dp, layout.sp, layout.tp, layout.ep, layout.batch))
+    return kinds, layout.ep, layout.batch * layout.seq
 
 
 class _RowRunner:
@@ -103,7 +106,7 @@ class _RowRunner:
 
     def __init__(
         self,
-        config: ValidateConfig,
+        config: MatrixConfig,
         dtype: str,
         text: Corpus,
         ranks: Ranks,
@@ -114,12 +117,12 @@ class _RowRunner:
         self.references = references
         self._reference_of_data: dict[Hashable, Reference] = {}
 
-    def run(self, row: RowConfig, mutant: str) -> RowResult:
+    def run(self, row: Row, mutant: str) -> RowResult:
         reference = self._reference(row)
         what = f"{self.dtype}  {row.name}" + (f"  [{mutant}]" if mutant else "")
         self._started(what)
         start = time.perf_counter()
-        token_SBL = self.text.token_SBL_of_shape[row.batch, row.seq]
+        token_SBL = self.text.token_SBL_of_shape[row.layout.shape]
         try:
             result = self.ranks.run(run_row, self.config, row, self.dtype, token_SBL, reference, mutant)
         except RankError as error:  # only of spawned ranks, which are fresh for the next row
@@ -128,13 +131,13 @@ class _RowRunner:
         self.watcher.finished(what, f"{verdict}  {result.seconds:.1f} s")
         return result
 
-    def _reference(self, row: RowConfig) -> Reference:
+    def _reference(self, row: Row) -> Reference:
         if row.data not in self._reference_of_data:
-            self._started(f"{self.dtype}  one process, {row.batch} x {row.seq}")
+            self._started(f"{self.dtype}  one process, {row.layout.batch} x {row.layout.seq}")
             start = time.perf_counter()
-            token_SBL = self.text.token_SBL_of_shape[row.batch, row.seq]
+            token_SBL = self.text.token_SBL_of_shape[row.layout.shape]
             try:
-                self._reference_of_data[row.data] = run_reference(self.config, row, self.dtype, token_SBL)
+                self._reference_of_data[row.data] = run_reference_of(self.config, row, self.dtype, token_SBL)
             except (MemoryError, RuntimeError) as error:
                 if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):
                     raise  # torch has no type of its own for too large a tensor
@@ -145,8 +148,8 @@ class _RowRunner:
             self._note(row, seconds)
         return self._reference_of_data[row.data]
 
-    def _note(self, row: RowConfig, seconds: float) -> None:
-        shape, special = (row.batch, row.seq), row.special(self.config.model)
+    def _note(self, row: Row, seconds: float) -> None:
+        shape, special = row.layout.shape, row.special
         if any((run.dtype, run.shape, run.special) == (self.dtype, shape, special) for run in self.references):
             special += f", as {row.name}"  # e.g. documents of the same number in other places
         self.references.append(ReferenceRun(dtype=self.dtype, shape=shape, special=special, seconds=seconds))
@@ -155,17 +158,19 @@ class _RowRunner:
         self.watcher.started(what)
         self.ranks.at(what)
 
-    def _broken_off(self, row: RowConfig, error: str, seconds: float) -> RowResult:
+    def _broken_off(self, row: Row, error: str, seconds: float) -> RowResult:
         return RowResult(
             name=row.name,
             dtype=self.dtype,
-            mesh=row.mesh,
-            shape=(row.batch, row.seq),
+            mesh=row.layout.mesh,
+            shape=row.layout.shape,
             differences=(),
+            words=(),
             error=error,
             losses=(),
             reference_losses=(),
             seconds=seconds,
             rank_of_token_BL=(),
             rows_sent_PP=(),
+            mutant_ran=False,
         )

@@ -65,7 +65,7 @@ class MatrixRun:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MutantRun:
     """A mutant and the rows that ran with it. They end with the first row that caught it. There are none where it can
-    show in no row of the config."""
+    show in no row of the config. Nor can it show where no rank runs what it replaces."""
 
     name: str
     description: str
@@ -73,7 +73,7 @@ class MutantRun:
 
     @property
     def could_show(self) -> bool:
-        return bool(self.rows)
+        return any(row.mutant_ran or row.error for row in self.rows)
 
     @property
     def caught(self) -> bool:

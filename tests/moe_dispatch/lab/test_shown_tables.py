@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from moe_dispatch.judge.results import QUANTITIES, Difference
 from moe_dispatch.lab.bench.report import Setting, print_bench
 from moe_dispatch.lab.bench.results import Line, Traffic, WorkloadResult
 from moe_dispatch.lab.desk.console import WIDTH
 from moe_dispatch.lab.validate.mutants.mutants import MUTANTS
-from moe_dispatch.lab.validate.report import print_matrix, print_mutants
-from moe_dispatch.lab.validate.results import QUANTITIES, Difference, RowResult
+from moe_dispatch.lab.validate.results import RowResult
 from moe_dispatch.lab.validate.runs import MatrixRun, MutantRun, MutantsRun, ReferenceRun
+from moe_dispatch.lab.validate.shown.report import print_matrix, print_mutants
 from tests.support.lab.configs import ROOT
 from tests.support.lab.made_up_results import AGREEING, differing
 
@@ -46,12 +47,14 @@ def row_of(match: re.Match[str]) -> RowResult:
             Difference(quantity=quantity, value=value, tolerance=1e-12, where="")
             for quantity, value in zip(QUANTITIES, values, strict=True)
         ),
+        words=(),
         error="",
         losses=(),
         reference_losses=(),
         seconds=float(match["seconds"]),
         rank_of_token_BL=(),
         rows_sent_PP=(),
+        mutant_ran=False,
     )
 
 

@@ -2,7 +2,8 @@
 
 from dataclasses import replace
 
-from moe_dispatch.lab.validate.results import QUANTITIES, Difference, RowResult
+from moe_dispatch.judge.results import QUANTITIES, Difference
+from moe_dispatch.lab.validate.results import RowResult
 
 DIFFERENCES = tuple(
     Difference(quantity=quantity, value=2e-16, tolerance=1e-10, where=where)
@@ -16,12 +17,14 @@ AGREEING = RowResult(
     mesh="dp 2, sp 1, tp 2, ep 4",
     shape=(2, 3),
     differences=DIFFERENCES,
+    words=(),
     error="",
     losses=(5.5, 5.25),
     reference_losses=(5.5, 5.25),
     seconds=1.25,
     rank_of_token_BL=((0, 0, 1), (2, 2, 3)),
     rows_sent_PP=((1, 2, 3, 4), (5, 6, 7, 8), (9, 10, 11, 12), (13, 14, 15, 16)),
+    mutant_ran=True,
 )
 
 

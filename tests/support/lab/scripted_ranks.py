@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from moe_dispatch.lab.validate.config.tables import RowConfig, ValidateConfig
+from moe_dispatch.lab.validate.config.tables import MatrixConfig
 from moe_dispatch.lab.validate.results import RowResult
+from moe_dispatch.lab.validate.rows import Row
 from moe_dispatch.testing import RankError
 from tests.support.lab.made_up_results import AGREEING, differing
 
@@ -21,16 +22,16 @@ class Script:
     references: list[tuple[int, int, str]] = field(default_factory=list)
     launches: set[tuple[int, float]] = field(default_factory=set)  # (ranks, timeout)
 
-    def run_reference(self, config: ValidateConfig, row: RowConfig, dtype: str, token_SBL: Tensor) -> str:
-        self.references.append((row.batch, row.seq, dtype))
-        return f"reference {row.batch} {row.seq} {dtype}"
+    def run_reference(self, config: MatrixConfig, row: Row, dtype: str, token_SBL: Tensor) -> str:
+        self.references.append((*row.layout.shape, dtype))
+        return f"reference {row.layout.shape} {dtype}"
 
     def run_row(
-        self, config: ValidateConfig, row: RowConfig, dtype: str, token_SBL: Tensor, reference: str, mutant: str
+        self, config: MatrixConfig, row: Row, dtype: str, token_SBL: Tensor, reference: str, mutant: str
     ) -> RowResult:
-        assert reference == f"reference {row.batch} {row.seq} {dtype}"
+        assert reference == f"reference {row.layout.shape} {dtype}"
         self.calls.append((row.name, dtype, mutant))
-        result = replace(AGREEING, name=row.name, dtype=dtype, mesh=row.mesh, shape=(row.batch, row.seq))
+        result = replace(AGREEING, name=row.name, dtype=dtype, mesh=row.layout.mesh, shape=row.layout.shape)
         found = self.results.get((row.name, mutant), "")
         if found == "raise":
             raise RankError("rank 1 raised\nsomething")

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any, Self, TypeVar
 
 from moe_dispatch.lab.validate.config.load import load_config
-from moe_dispatch.lab.validate.config.tables import RowConfig, ValidateConfig
+from moe_dispatch.lab.validate.config.tables import DebugRowConfig, ValidateConfig
 from moe_dispatch.lab.validate.text import Corpus, batches_of_bytes, default_text
 from moe_dispatch.testing import RankPool
 from tests.support.compile import untraced
@@ -62,10 +62,10 @@ def default_corpus(config: ValidateConfig) -> Corpus:
     return batches_of_bytes(default_text(), shapes, steps=config.train.steps)
 
 
-def row(name: str, **values) -> RowConfig:
-    return RowConfig(**{"name": name, "batch": 3, "seq": 17, "heads": 2, **values})
+def row(name: str, **values) -> DebugRowConfig:
+    return DebugRowConfig(**{"name": name, "batch": 3, "seq": 17, "heads": 2, **values})
 
 
-def small_config(*rows: RowConfig, ranks: int = 4, dtypes: tuple[str, ...] = ("float64",)) -> ValidateConfig:
+def small_config(*rows: DebugRowConfig, ranks: int = 4, dtypes: tuple[str, ...] = ("float64",)) -> ValidateConfig:
     config = load_config(CONFIGS / "validate" / "tiny.toml")
     return replace(config, ranks=ranks, rows=rows, dtypes=dtypes)

@@ -4,31 +4,44 @@ from pathlib import Path
 from typing import Any
 
 from ...desk.config_file import checked, read_toml, refusal
-from .rules import broken_rules
-from .tables import ValidateConfig
+from .rules import broken_rules, broken_rules_of_matrix
+from .tables import MatrixConfig, ValidateConfig
 
 # A row without one of these keys takes the value of this table.
-DEFAULT_OF_ROW = (("batch", "train"), ("seq", "train"), ("heads", "model"))
+DEFAULT_OF_ROW = (("batch", "train"), ("seq", "train"))
+DEFAULT_OF_DEBUG_ROW = (*DEFAULT_OF_ROW, ("heads", "model"))
 
 
 def load_config(path: Path) -> ValidateConfig:
-    """The config of a TOML file; a row without ``batch`` or ``seq`` takes those of ``[train]``.
+    """The config of a TOML file, of the debug model; a row without ``batch`` or ``seq`` takes those of ``[train]``.
 
     Raises:
         ConfigError: a file that cannot be read, is no TOML, or breaks rules, which are then all listed.
     """
     table = read_toml(path)
-    _fill_rows(table)
+    _fill_rows(table, DEFAULT_OF_DEBUG_ROW)
     config = checked(ValidateConfig, table, path, entry="row")
     if problems := broken_rules(config):
         raise refusal(path, problems)
     return config
 
 
-def _fill_rows(table: dict[str, Any]) -> None:
+def load_matrix(path: Path) -> MatrixConfig:
+    """:func:`load_config` of any other subject: without ``[model]``."""
+    table = read_toml(path)
+    if "model" in table:
+        raise refusal(path, ["[model] is of the debug model, not of a subject; leave it out, or leave out --subject"])
+    _fill_rows(table, DEFAULT_OF_ROW)
+    config = checked(MatrixConfig, table, path, entry="row")
+    if problems := broken_rules_of_matrix(config):
+        raise refusal(path, problems)
+    return config
+
+
+def _fill_rows(table: dict[str, Any], defaults: tuple[tuple[str, str], ...]) -> None:
     rows = table.get("rows")
     for row in rows if isinstance(rows, list) else []:
-        for key, source in DEFAULT_OF_ROW:
+        for key, source in defaults:
             if isinstance(row, dict):
                 values = table.get(source)
                 value = values.get(key) if isinstance(values, dict) else None

@@ -1,25 +1,34 @@
 """Rules between the keys of a config; a broken one is a sentence: key, fact, rule, a value that works."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
-from .tables import ModelConfig, RowConfig, ValidateConfig
+from .tables import DebugRowConfig, MatrixConfig, ModelConfig, RowConfig, ValidateConfig
 
 DTYPES = ("float32", "float64")
 
 
 def broken_rules(config: ValidateConfig) -> list[str]:
     """Every rule that the config breaks; empty where it can run."""
-    problems = [*_of_model(config.model), *_of_dtypes(config)]
+    return [*_of_model(config.model), *_of_matrix(config, lambda row: _of_debug_row(row, config))]
+
+
+def broken_rules_of_matrix(config: MatrixConfig) -> list[str]:
+    """:func:`broken_rules` of any subject, whose sizes only it knows."""
+    return list(_of_matrix(config, lambda row: ()))
+
+
+def _of_matrix(config: MatrixConfig, of_subject: Callable[[Any], Iterable[str]]) -> Iterator[str]:
+    yield from _of_dtypes(config)
     names = Counter(row.name for row in config.rows)
     for index, row in enumerate(config.rows):
-        of_row = list(_of_row(row, config))
+        of_row = [*_of_row(row, config), *of_subject(row), *_of_documents(row)]
         if names[row.name] > 1:
             of_row.append(f"name is used {names[row.name]} times; give each row its own name")
         for problem in of_row:
             key, _, rest = problem.partition(" ")
-            problems.append(f'rows[{index}].{key} (row "{row.name}") {rest}')
-    return problems
+            yield f'rows[{index}].{key} (row "{row.name}") {rest}'
 
 
 def _of_model(model: ModelConfig) -> Iterator[str]:
@@ -52,7 +61,7 @@ def _of_model(model: ModelConfig) -> Iterator[str]:
         )
 
 
-def _of_dtypes(config: ValidateConfig) -> Iterator[str]:
+def _of_dtypes(config: MatrixConfig) -> Iterator[str]:
     for dtype, count in Counter(config.dtypes).items():
         if count > 1:
             yield f'dtypes lists "{dtype}" {count} times; list it once'
@@ -63,18 +72,23 @@ def _of_dtypes(config: ValidateConfig) -> Iterator[str]:
             yield f"tolerance.{dtype} is not a dtype; tolerances are those of {' or '.join(DTYPES)}"
 
 
-def _of_row(row: RowConfig, config: ValidateConfig) -> Iterator[str]:
+def _of_row(row: RowConfig, config: MatrixConfig) -> Iterator[str]:
     """Sentences that start with a key of the row."""
-    ranks, experts = row.dp * row.sp * row.tp, config.model.experts
+    ranks = row.layout.ranks
     if ranks != config.ranks:
         yield (
             f"dp is {row.dp}, and dp * sp * tp = {row.dp} * {row.sp} * {row.tp} = {ranks}; it has to be "
             f"ranks = {config.ranks}, e.g. {_mesh_that_works(row, config.ranks)}"
         )
     elif ranks % row.ep:
-        works = [str(ep) for ep in range(1, ranks + 1) if ranks % ep == 0 and ep <= experts]
+        most = config.model.experts if isinstance(config, ValidateConfig) else ranks
+        works = [str(ep) for ep in range(1, ranks + 1) if ranks % ep == 0 and ep <= most]
         yield f"ep is {row.ep}; it has to divide dp * sp * tp = {ranks}: set ep to {' or '.join(works)}"
-    elif row.ep > experts:
+
+
+def _of_debug_row(row: DebugRowConfig, config: ValidateConfig) -> Iterator[str]:
+    ranks, experts = row.layout.ranks, config.model.experts
+    if ranks == config.ranks and ranks % row.ep == 0 and row.ep > experts:
         yield (
             f"ep is {row.ep} for {experts} experts; every rank of a group holds at least one: "
             "lower ep, or raise model.experts"
@@ -87,6 +101,9 @@ def _of_row(row: RowConfig, config: ValidateConfig) -> Iterator[str]:
                 f"tp is {row.tp}; it cuts {key} = {value} into equal parts, so it has to divide it: "
                 f"set {key} = {value + row.tp - value % row.tp}, or another tp"
             )
+
+
+def _of_documents(row: RowConfig) -> Iterator[str]:
     places = sum(room for _, room in row.documents)
     if row.documents and (row.batch != 1 or row.seq != places):
         yield (

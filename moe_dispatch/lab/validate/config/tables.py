@@ -1,10 +1,11 @@
-"""The config of a validate run: which keys there are, and what each row of the matrix takes from the others."""
+"""The config of a validate run: which keys there are."""
 
 from typing import Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from ....judge.layout import Layout
 from ....plan.ids.format import MOST_EXPERTS
 from ...desk.config_file import STRICT
 
@@ -79,40 +80,57 @@ class RowConfig:
     ep: int = Field(default=1, ge=1, le=MOST_RANKS, examples=[2])
     batch: int = Field(ge=1, le=MOST_WIDTH, examples=[3])
     seq: int = Field(ge=1, le=MOST_WIDTH, examples=[129])
-    heads: int = Field(ge=1, le=1024, examples=[4])
     documents: tuple[tuple[int, int], ...] = Field(
         default=(), description="a list of [tokens, places]", examples=["[[40, 48], [50, 50]]"]
     )
     window: int = Field(default=-1, ge=-1, le=MOST_WIDTH, examples=[-1])
 
     @property
-    def data(self) -> tuple[int, int, int, tuple[tuple[int, int], ...], int]:
-        """What one process needs to know of the row: rows with the same have the same reference."""
-        return self.batch, self.seq, self.heads, self.documents, self.window
+    def layout(self) -> Layout:
+        return Layout(
+            dp=self.dp,
+            sp=self.sp,
+            tp=self.tp,
+            ep=self.ep,
+            batch=self.batch,
+            seq=self.seq,
+            documents=self.documents,
+            window=self.window,
+        )
 
-    def special(self, model: ModelConfig) -> str:
-        """What is unlike a row of (B, L) with the model's heads, in words; empty where nothing is."""
-        parts = [f"{self.heads} head{'' if self.heads == 1 else 's'}"] if self.heads != model.heads else []
+    def special(self) -> list[str]:
+        """What is unlike a row of (B, L), in words; empty where nothing is."""
+        parts = []
         if self.documents:
             parts.append(f"{len(self.documents)} document{'' if len(self.documents) == 1 else 's'}")
         if self.window >= 0:
             parts.append(f"window {self.window}")
-        return ", ".join(parts)
-
-    @property
-    def mesh(self) -> str:
-        return f"dp {self.dp}, sp {self.sp}, tp {self.tp}, ep {self.ep}"
+        return parts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
-class ValidateConfig:
-    """All of a validate run. Every row of the matrix uses all ``ranks``."""
+class DebugRowConfig(RowConfig):
+    """A row of the debug model, with the number of its heads."""
+
+    heads: int = Field(ge=1, le=1024, examples=[4])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
+class MatrixConfig:
+    """A run of any subject. Every row of the matrix uses all ``ranks``."""
 
     ranks: int = Field(ge=1, le=MOST_RANKS, examples=[4])
     dtypes: tuple[Literal["float32", "float64"], ...] = Field(
         min_length=1, description="a list", examples=['["float32", "float64"]']
     )
-    model: ModelConfig = Field(description="a table", examples=["[model]"])
     train: TrainConfig = Field(description="a table", examples=["[train]"])
     tolerance: dict[str, ToleranceConfig] = Field(description="a table per dtype", examples=["[tolerance.float64]"])
     rows: tuple[RowConfig, ...] = Field(min_length=1, description="a list of tables", examples=["[[rows]]"])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
+class ValidateConfig(MatrixConfig):
+    """A run of the debug model."""
+
+    model: ModelConfig = Field(description="a table", examples=["[model]"])
+    rows: tuple[DebugRowConfig, ...] = Field(min_length=1, description="a list of tables", examples=["[[rows]]"])

@@ -13,7 +13,7 @@ from typing import Protocol, cast
 
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from sp_attention import Batch, ShardedBatch, shard_batch, shift_labels, ulysses_attention
@@ -153,7 +153,7 @@ class OnMesh:
             tokens=tokens,
             rank=dist.get_rank(),
             row_tokens=TokenSharding(batch=mine, seq=places),
-            row=init_device_mesh(device, (dp.size(), len(places)), mesh_dim_names=("dp", "row"))["row"],
+            row=mesh.dense["sp", "tp"]._flatten("row"),
             regions=TokenSharding(batch=mine, seq=Partition(map(sum, pieces))),
             region=TokenSharding(batch=mine, seq=Partition(pieces[sp.get_local_rank()])),
             ep_tokens=tokens.select(mesh.ep_ranks),

@@ -9,14 +9,10 @@ Which mesh a parameter is sharded over follows from which ranks hold the tokens 
 Each rank's loss counts its own tokens, so gradients are summed everywhere, never averaged.
 """
 
-import logging
-import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from copy import deepcopy
 from typing import cast
 
-import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -30,19 +26,13 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from .... import GroupedExperts, MoE, ParallelMesh, Partition, TopKRouter, check_replicated
+from .... import GroupedExperts, MoE, ParallelMesh, Partition, TopKRouter
 from ..config.tables import ModelConfig
-from .layout import everyone
 from .model import Block, DebugModel, DenseFeedForward, SparseFeedForward
 
 
 def parallel_model(whole: DebugModel, config: ModelConfig, mesh: ParallelMesh) -> DebugModel:
-    """``whole`` as this rank's part of a model on ``mesh``; ``whole`` itself is left alone.
-
-    Raises:
-        DisagreementError: ``whole`` is not the same on every rank, so that no comparison would mean anything.
-    """
-    check_replicated(whole, group=everyone())
+    """``whole`` as this rank's part of a model on ``mesh``; ``whole`` itself is left alone."""
     group = mesh.expert.get_group("ep")
     partition = Partition.balanced(config.experts, group.size())
     first, mine = partition.offsets[group.rank()], partition.sizes[group.rank()]
@@ -112,38 +102,3 @@ def shard_over_data(model: DebugModel, mesh: ParallelMesh) -> None:
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has neither AVG nor PREMUL_SUM
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without two notes of PyTorch that are about other uses than ours.
-
-    FSDP2 warns that writing in place to a module's output breaks its hooks where that is a view, as the local tensors
-    of DTensor are: nothing here does. DTensor logs that gathering over two mesh axes takes two collectives: we gather
-    to compare, not to train.
-    """
-    logger = logging.getLogger("torch.distributed.tensor._redistribute")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-            yield
-    finally:
-        logger.setLevel(level)
-
-
-def whole_gradients(model: DebugModel, mesh: ParallelMesh) -> dict[str, torch.Tensor]:
-    """Every parameter's whole gradient, in float64 on the CPU, on every rank; NaN where a parameter has none.
-    Collective."""
-    ep = mesh.expert.get_group("ep")
-    gradients = {}
-    for name, parameter in model.named_parameters():
-        gradient = torch.full_like(parameter, torch.nan) if parameter.grad is None else parameter.grad
-        part = gradient.full_tensor().detach().cpu().double()  # pyright: ignore[reportAttributeAccessIssue]
-        if ".experts." in name:
-            parts: list[torch.Tensor] = [part] * ep.size()
-            dist.all_gather_object(parts, part, group=ep)
-            part = torch.cat(parts)
-        gradients[name] = part
-    return gradients

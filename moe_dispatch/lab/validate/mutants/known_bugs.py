@@ -1,6 +1,6 @@
 """Bugs that this field has shipped: functions from the right code to the wrong one, for ``mutants.py`` only."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sp_attention import Batch, MeanLoss, ShardedBatch
+from sp_attention.batch.shard import CompletedBatch
 from sp_attention.call.inputs import AttentionInputs
 
-from .... import GroupedExperts, MoE, TokenSharding, TopKRouter, gather_tokens, place_tokens
+from .... import GroupedExperts, MoE, TokenSharding, TopKRouter
 from ....layer.given import Given
 from ....plan.planner import Plan
 from ....plan.terms import Terms
@@ -86,13 +87,13 @@ def weights_in_bfloat16(right: Right) -> Wrong:
     return weigh
 
 
-def gather_without_sum(_right: Right) -> Wrong:
-    def gather_own_gradient(x_BlD: Tensor, *, sharding: TokenSharding, group: dist.ProcessGroup) -> Tensor:
-        whole_BLD = gather_tokens(x_BlD.detach(), sharding=sharding, group=group)
-        mine_BLD = place_tokens(x_BlD, sharding=sharding, rank=group.rank())
-        return whole_BLD + mine_BLD - mine_BLD.detach()
+def gather_without_sum(right: Right) -> Wrong:
+    def exchange(rows: Tensor, sent: Sequence[int], received: Sequence[int], group: dist.ProcessGroup) -> Tensor:
+        parts = list(right(rows.detach(), sent, received, group).split(list(received)))
+        parts[group.rank()] = rows[: sent[0]]  # every rank gets the same rows
+        return torch.cat(parts)
 
-    return gather_own_gradient
+    return exchange
 
 
 def balance_of_the_shard(_right: Right) -> Wrong:
@@ -141,26 +142,24 @@ def kv_heads_rolled(right: Right) -> Wrong:
 
 
 def labels_shifted_in_shard(right: Right) -> Wrong:
-    def shard(batch: Batch, *, sharding: TokenSharding, group: dist.ProcessGroup) -> ShardedBatch:
-        sharded = right(batch, sharding=sharding, group=group)
+    def part(completed: CompletedBatch, batch: Batch, sharding: TokenSharding, rank: int) -> ShardedBatch:
+        sharded = right(completed, batch, sharding, rank)
         target_Bl = torch.full_like(sharded.target_Bl, batch.ignore_index)
         target_Bl[:, :-1] = sharded.token_Bl[:, 1:]
         return replace(sharded, target_Bl=target_Bl)
 
-    return shard
+    return part
 
 
 def loss_averaged_per_rank(right: Right) -> Wrong:
     def mean(
-        logits_BlV: Tensor,
-        target_Bl: Tensor,
-        *,
+        loss_sum: Tensor,
+        count: int | Tensor,
+        problem: str,
         group: dist.ProcessGroup,
-        ignore_index: int = -100,
-        num_targets: int | Tensor | None = None,
+        num_targets: int | Tensor | None,
     ) -> MeanLoss:
-        found = right(logits_BlV, target_Bl, group=group, ignore_index=ignore_index, num_targets=num_targets)
-        mine = max(int((target_Bl != ignore_index).sum()), 1)
-        return replace(found, share=found.share * (found.num_targets / (mine * group.size())))
+        found = right(loss_sum, count, problem, group, num_targets)
+        return replace(found, share=found.share * (found.num_targets / (max(int(count), 1) * group.size())))
 
     return mean

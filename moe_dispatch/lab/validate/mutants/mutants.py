@@ -11,32 +11,32 @@ from types import MappingProxyType
 from typing import Any
 from unittest.mock import patch
 
-from ..config.tables import RowConfig
+from ..rows import Row
 from . import known_bugs as bugs
 
 
-def _anywhere(_row: RowConfig) -> bool:
+def _anywhere(_row: Row) -> bool:
     return True
 
 
-def _cut(row: RowConfig) -> bool:
-    return row.sp * row.tp > 1
+def _cut(row: Row) -> bool:
+    return row.layout.sp * row.layout.tp > 1
 
 
-def _tensor_parallel(row: RowConfig) -> bool:
-    return row.tp > 1
+def _tensor_parallel(row: Row) -> bool:
+    return row.layout.tp > 1
 
 
-def _attention_cut(row: RowConfig) -> bool:
-    return row.sp > 1 and row.heads > 1
+def _attention_cut(row: Row) -> bool:
+    return row.layout.sp > 1 and not row.one_head
 
 
-def _windowed(row: RowConfig) -> bool:
-    return row.sp > 1 and 0 <= row.window < row.seq
+def _windowed(row: Row) -> bool:
+    return row.layout.sp > 1 and 0 <= row.layout.window < row.layout.seq
 
 
-def _padded(row: RowConfig) -> bool:
-    return any(tokens < places for tokens, places in row.documents)
+def _padded(row: Row) -> bool:
+    return any(tokens < places for tokens, places in row.layout.documents)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,18 +55,19 @@ class Mutant:
     description: str
     target: str
     wrong: Callable[[bugs.Right], bugs.Wrong]
-    shows_in: Callable[[RowConfig], bool]
+    shows_in: Callable[[Row], bool]
 
 
 @contextmanager
-def mutated(name: str) -> Iterator[None]:
-    """With this mutant in place in this process; nothing for an empty name.
+def mutated(name: str) -> Iterator[list[str]]:
+    """With this mutant in place in this process; nothing for an empty name. Gets its name when it runs first.
 
     Raises:
         ValueError: no such mutant.
     """
+    ran: list[str] = []
     if not name:
-        yield
+        yield ran
         return
     if name not in MUTANTS:
         raise ValueError(f"there is no mutant {name!r}; the mutants are {', '.join(MUTANTS)}")
@@ -75,8 +76,14 @@ def mutated(name: str) -> Iterator[None]:
     owner: Any = resolve_name(path)
     right = getattr(owner, attribute)
     wrong = mutant.wrong(right)
-    with patch.object(owner, attribute, property(wrong) if isinstance(right, property) else wrong):
-        yield
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        if not ran:
+            ran.append(name)
+        return wrong(*args, **kwargs)
+
+    with patch.object(owner, attribute, property(noted) if isinstance(right, property) else noted):
+        yield ran
 
 
 # fmt: off
@@ -100,7 +107,7 @@ _TABLE = (
     ("weights-in-bfloat16", "routing weights rounded to bfloat16",
      "moe_dispatch.layer.router:TopKRouter.weigh", bugs.weights_in_bfloat16, _anywhere),
     ("gather-without-sum", "the backward of gather_tokens keeps this rank's gradient only",
-     "moe_dispatch.lab.validate.debug_model.layout:gather_tokens", bugs.gather_without_sum, _tensor_parallel),
+     "moe_dispatch.wire.regions:exchange_rows", bugs.gather_without_sum, _tensor_parallel),
     ("balance-of-the-shard", "the balance loss counts the experts of each shard by itself",
      "moe_dispatch.layer.balance:sum_counts", bugs.balance_of_the_shard, _cut),
     ("exchange-transposed", "the exchange back to tokens mixes positions with heads",
@@ -116,9 +123,9 @@ _TABLE = (
     ("kv-heads-rolled", "key/value heads go to the wrong query heads",
      "sp_attention.wire.heads:GroupedHeads.kv_by_rank", bugs.kv_heads_rolled, _attention_cut),
     ("labels-shifted-in-shard", "labels shifted inside each shard, whose last token then has no target",
-     "moe_dispatch.lab.validate.debug_model.layout:shard_batch", bugs.labels_shifted_in_shard, _cut),
+     "sp_attention.batch.shard:CompletedBatch.part", bugs.labels_shifted_in_shard, _cut),
     ("loss-averaged-per-rank", "the mean over ranks of each rank's mean loss",
-     "moe_dispatch.lab.validate.run:mean_cross_entropy", bugs.loss_averaged_per_rank, _cut),
+     "sp_attention.batch.loss:_mean", bugs.loss_averaged_per_rank, _cut),
 )
 # fmt: on
 

@@ -11,7 +11,7 @@ from tests.support.lab.scripted_ranks import PoolInProcess, Script
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> Script:
     script = Script()
-    monkeypatch.setattr(matrix, "run_reference", script.run_reference)
+    monkeypatch.setattr(matrix, "run_reference_of", script.run_reference)
     monkeypatch.setattr(matrix, "run_row", script.run_row)
     monkeypatch.setattr(launch, "RankPool", lambda: PoolInProcess(script))
     for name in (*TORCHRUN, *SLURM):

@@ -235,7 +235,7 @@ def test_a_signal_during_the_mutants_ends_them_too(
 def test_a_model_that_does_not_fit_in_memory_is_told(
     script: Script, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(matrix, "run_reference", lambda *_: torch.empty(2**60))
+    monkeypatch.setattr(matrix, "run_reference_of", lambda *_: torch.empty(2**60))
     assert cli.main(["validate", "tiny"]) == 3
     told = "moe-dispatch: row 'FSDP2 x2' does not fit in memory; make its batch, seq or model smaller\n"
     assert capsys.readouterr().err == told
@@ -244,7 +244,7 @@ def test_a_model_that_does_not_fit_in_memory_is_told(
 def test_any_other_error_of_the_reference_is_ours_and_has_its_traceback(
     script: Script, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(matrix, "run_reference", lambda *_: torch.ones(2) @ torch.ones(3))
+    monkeypatch.setattr(matrix, "run_reference_of", lambda *_: torch.ones(2) @ torch.ones(3))
     with pytest.raises(RuntimeError, match="size"):
         cli.main(["validate", "tiny"])
 

@@ -18,13 +18,13 @@ def listed(capsys: pytest.CaptureFixture[str], *argv: str) -> list[str]:
 
 def test_rows_are_listed_with_their_layout_and_none_runs(script: Script, capsys: pytest.CaptureFixture[str]) -> None:
     head, _, *rows, last = listed(capsys)
-    assert head == "row dp sp tp ep B x L heads data"
+    assert head == "row dp sp tp ep B x L data"
     assert len(rows) == 29
     for row in (
-        "FSDP2 x4 4 1 1 1 3 x 129 4",
-        "SP4, packed 1 4 1 1 1 x 129 4 5 documents",
-        "SP4, 2 heads 1 4 1 1 3 x 129 2",
-        "SP4 + EP4, window 40 1 4 1 4 3 x 129 4 window 40",
+        "FSDP2 x4 4 1 1 1 3 x 129",
+        "SP4, packed 1 4 1 1 1 x 129 5 documents",
+        "SP4, 2 heads 1 4 1 1 3 x 129 2 heads",
+        "SP4 + EP4, window 40 1 4 1 4 3 x 129 window 40",
     ):
         assert row in rows
     assert last == "29 rows in float32 and float64, each on 4 ranks"
@@ -33,7 +33,7 @@ def test_rows_are_listed_with_their_layout_and_none_runs(script: Script, capsys:
 
 def test_a_selection_is_listed_as_it_would_run(script: Script, capsys: pytest.CaptureFixture[str]) -> None:
     lines = listed(capsys, "tiny", "--rows", "TP2 + EP2", "--dtypes", "float64")
-    assert lines[2:] == ["TP2 + EP2 1 1 2 2 3 x 17 2", "1 row in float64, each on 2 ranks"]
+    assert lines[2:] == ["TP2 + EP2 1 1 2 2 3 x 17", "1 row in float64, each on 2 ranks"]
 
 
 @pytest.mark.parametrize(("rank", "prints"), [("0", True), ("1", False)])

@@ -3,17 +3,21 @@
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 from unittest.mock import patch
 
 import torch
 
-from moe_dispatch.lab.validate import run
-from moe_dispatch.lab.validate.config.tables import RowConfig, ValidateConfig
+from moe_dispatch.judge import train
+from moe_dispatch.judge.results import QUANTITIES
+from moe_dispatch.lab.validate.config.tables import MatrixConfig
+from moe_dispatch.lab.validate.debug_model.subject import DebugSubject, reference_targets
 from moe_dispatch.lab.validate.matrix import run_matrix
-from moe_dispatch.lab.validate.results import QUANTITIES, RowResult
-from moe_dispatch.lab.validate.run import reference_targets, run_reference, run_row
+from moe_dispatch.lab.validate.results import RowResult
+from moe_dispatch.lab.validate.rows import Row
+from moe_dispatch.lab.validate.run import run_reference_of, run_row
+from moe_dispatch.lab.validate.sources import DebugSource, debug_rows
 from moe_dispatch.testing import RankPool
 from tests.support.lab.small_matrix import (
     PACKED,
@@ -40,7 +44,9 @@ ROWS = (
 def test_every_kind_of_parallelism_agrees_with_one_process_in_float64(rank_pool: RankPool) -> None:
     config = small_config(*ROWS)
     ranks = UncoveredRanks(rank_pool, 4)
-    found = run_matrix(config, ROWS, default_corpus(config), mutant="", ranks=ranks, watcher=QuietWatcher())
+    found = run_matrix(
+        config, debug_rows(config), default_corpus(config), mutant="", ranks=ranks, watcher=QuietWatcher()
+    )
     for result in found.rows:
         assert result.agrees, (result.name, result.differences)
         assert [difference.quantity for difference in result.differences] == list(QUANTITIES)
@@ -52,7 +58,12 @@ def test_every_kind_of_parallelism_agrees_with_one_process_in_float64(rank_pool:
 def test_float32_agrees_within_ten_times_what_was_measured(rank_pool: RankPool) -> None:
     config = small_config(ROWS[1], dtypes=("float32",))
     found = run_matrix(
-        config, config.rows, default_corpus(config), mutant="", ranks=PoolRanks(rank_pool, 4), watcher=QuietWatcher()
+        config,
+        debug_rows(config),
+        default_corpus(config),
+        mutant="",
+        ranks=PoolRanks(rank_pool, 4),
+        watcher=QuietWatcher(),
     )
     worst = max(difference.value for difference in found.rows[0].differences)
     assert 1e-9 < worst < 1e-5  # measured: 8e-7; exactly 0 would be float64 in disguise
@@ -67,7 +78,8 @@ def test_targets_of_the_reference_stop_at_documents_and_padding() -> None:
 def test_the_reference_of_one_process_learns_and_is_reproducible() -> None:
     config = small_config(ROWS[0])
     token_SBL = default_corpus(config).token_SBL_of_shape[ROWS[0].batch, ROWS[0].seq]
-    one, other = (run_reference(config, ROWS[0], "float64", token_SBL) for _ in range(2))
+    row = debug_rows(config)[0]
+    one, other = (run_reference_of(config, row, "float64", token_SBL) for _ in range(2))
     assert one.noise == other.noise
     first, again = one.training, other.training
     assert first.losses == again.losses
@@ -75,10 +87,10 @@ def test_the_reference_of_one_process_learns_and_is_reproducible() -> None:
     assert all(torch.equal(gradient, again.gradients[name]) for name, gradient in first.gradients.items())
 
 
-def run_row_with_one_rank_out_of_order(rank: int, config: ValidateConfig, row: RowConfig, *args: Any) -> RowResult:
+def run_row_with_one_rank_out_of_order(rank: int, config: MatrixConfig, row: Row, *args: Any) -> RowResult:
     """Rank 1 fails in the first row, in the middle of it."""
     out_of_order = rank == 1 and row.name == config.rows[0].name
-    broken = patch.object(run, "gather_tokens", side_effect=RuntimeError("this rank is out of order"))
+    broken = patch.object(train, "gather_tokens", side_effect=RuntimeError("this rank is out of order"))
     with broken if out_of_order else nullcontext():
         return run_row(config, row, *args)
 
@@ -107,16 +119,30 @@ def test_rows_of_any_mesh_leave_no_thread_and_no_descriptor_behind(rank_pool: Ra
     config = small_config(*rows, *again, ranks=2)
     config = replace(config, train=replace(config.train, steps=1))
     ranks = CountingRanks(rank_pool, 2)
-    found = run_matrix(config, config.rows, default_corpus(config), mutant="", ranks=ranks, watcher=QuietWatcher())
+    found = run_matrix(
+        config, debug_rows(config), default_corpus(config), mutant="", ranks=ranks, watcher=QuietWatcher()
+    )
     assert found.agrees
     first, *others = ranks.counts
     assert others == [first] * 5
 
 
-def run_row_with_another_seed(rank: int, config: ValidateConfig, row: RowConfig, *args: Any) -> RowResult:
+@dataclass(frozen=True)
+class AnotherSeed:
+    """A debug model from a seed of its own."""
+
+    source: DebugSource
+    told = "another"
+
+    def load(self) -> DebugSubject:
+        return DebugSubject(config=self.source.config, seed=self.source.seed + 1)
+
+
+def run_row_with_another_seed(rank: int, config: MatrixConfig, row: Row, *args: Any) -> RowResult:
     """Rank 1 builds the model of the first row from a seed of its own."""
     if rank == 1 and row.name == config.rows[0].name:
-        config = replace(config, train=replace(config.train, seed=config.train.seed + 1))
+        assert isinstance(row.source, DebugSource)
+        row = replace(row, source=AnotherSeed(row.source))
     return run_row(config, row, *args)
 
 
@@ -129,7 +155,9 @@ class OneRankWithAnotherSeed(PoolRanks):
 def test_a_model_that_is_not_the_same_on_every_rank_is_an_error_and_no_difference(rank_pool: RankPool) -> None:
     config = small_config(row("tp2 ep2", tp=2, ep=2), row("sp2 ep2", sp=2, ep=2), ranks=2)
     ranks = OneRankWithAnotherSeed(rank_pool, 2)
-    found = run_matrix(config, config.rows, default_corpus(config), mutant="", ranks=ranks, watcher=QuietWatcher())
+    found = run_matrix(
+        config, debug_rows(config), default_corpus(config), mutant="", ranks=ranks, watcher=QuietWatcher()
+    )
     broken, next_row = found.rows
     assert "embedding.weight is not the same on all ranks (rank [0]: (" in broken.error
     assert "build it from one seed" in broken.error
@@ -146,7 +174,9 @@ class OneRankOutOfOrder(PoolRanks):
 def test_a_row_that_breaks_off_is_told_and_the_next_one_runs(rank_pool: RankPool) -> None:
     config = small_config(row("tp2 ep2", tp=2, ep=2), row("sp2 ep2", sp=2, ep=2), ranks=2)
     ranks = OneRankOutOfOrder(rank_pool, 2)
-    found = run_matrix(config, config.rows, default_corpus(config), mutant="", ranks=ranks, watcher=QuietWatcher())
+    found = run_matrix(
+        config, debug_rows(config), default_corpus(config), mutant="", ranks=ranks, watcher=QuietWatcher()
+    )
     broken, next_row = found.rows
     assert "rank 1 raised" in broken.error
     assert "this rank is out of order" in broken.error

@@ -11,6 +11,7 @@ from moe_dispatch.lab.validate.config.load import load_config
 from moe_dispatch.lab.validate.config.tables import ValidateConfig
 from moe_dispatch.lab.validate.results import RowResult
 from moe_dispatch.lab.validate.runs import MatrixRun, MutantRun, MutantsRun, ReferenceRun
+from moe_dispatch.lab.validate.sources import debug_rows
 from moe_dispatch.lab.validate.text import batches_of_bytes, default_text
 from tests.support.lab.configs import CONFIGS
 from tests.support.lab.made_up_results import AGREEING, broken_off, differing
@@ -48,7 +49,7 @@ def references_of(config: ValidateConfig) -> tuple[ReferenceRun, ...]:
     """What a run of ``config`` notes of its references."""
     text = batches_of_bytes(default_text(), [(row.batch, row.seq) for row in config.rows], steps=1)
     ranks = launch.SpawnedRanks(config.ranks, timeout=1.0)
-    run = matrix.run_matrix(config, config.rows, text, mutant="", ranks=ranks, watcher=Silent())
+    run = matrix.run_matrix(config, debug_rows(config), text, mutant="", ranks=ranks, watcher=Silent())
     assert run.planned == len(run.rows)
     return run.references
 
@@ -63,7 +64,7 @@ class Silent:
 def test_no_two_references_of_the_packaged_config_have_the_same_label() -> None:
     references = references_of(DEBUG)
     labels = [(run.dtype, run.shape, run.special) for run in references]
-    assert len(set(labels)) == len(labels) == 2 * len({row.data for row in DEBUG.rows})
+    assert len(set(labels)) == len(labels) == 2 * len({row.data for row in debug_rows(DEBUG)})
     assert {run.special for run in references} == {"", "5 documents", "2 heads", "1 head", "window 40"}
 
 

@@ -124,7 +124,7 @@ WRONG_VALUES = [
     (
         "ranks = 2",
         "ranks = 2\nzzz = 3",
-        "zzz is not a known key; the keys here are ranks, dtypes, model, train, tolerance, rows",
+        "zzz is not a known key; the keys here are ranks, dtypes, train, tolerance, rows, model",
     ),
     (
         '["float32", "float64"]',
@@ -156,10 +156,10 @@ def test_all_problems_of_a_file_are_listed_at_once(tmp_path: Path) -> None:
         TINY_TEXT.replace("dim = 32", "dim = 0", 1).replace("steps = 2", "stesp = 2").replace("dp = 2", "dp = 2.5", 1)
     )
     assert [problem.split(" ")[0] for problem in problems_of(tmp_path, text)] == [
-        "model.dim",
         "train.steps",
         "train.stesp",
         "rows[0].dp",
+        "model.dim",
     ]
 
 

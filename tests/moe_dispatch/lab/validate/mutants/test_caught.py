@@ -8,6 +8,7 @@ import torch
 from moe_dispatch import Partition, TokenSharding
 from moe_dispatch.lab.validate.matrix import run_mutants
 from moe_dispatch.lab.validate.mutants.mutants import MUTANTS, mutated
+from moe_dispatch.lab.validate.sources import debug_rows
 from moe_dispatch.testing import RankPool
 from tests.support.lab.small_matrix import PACKED, QuietWatcher, UncoveredRanks, default_corpus, row, small_config
 
@@ -25,7 +26,7 @@ def test_every_mutant_is_caught(rank_pool: RankPool) -> None:
     config = replace(config, model=replace(config.model, layers=1, dense_layers=0))
     found = run_mutants(
         config,
-        rows,
+        debug_rows(config),
         default_corpus(config),
         mutants=MUTANTS,
         ranks=UncoveredRanks(rank_pool, 2),

@@ -11,10 +11,10 @@ import pytest
 from rich.console import Console
 
 from moe_dispatch.lab.desk.console import WIDTH
-from moe_dispatch.lab.validate import report
 from moe_dispatch.lab.validate.config.load import load_config
 from moe_dispatch.lab.validate.results import RowResult
 from moe_dispatch.lab.validate.runs import MatrixRun, MutantRun, MutantsRun, ReferenceRun
+from moe_dispatch.lab.validate.shown import report
 from moe_dispatch.lab.validate.text import batches_of_bytes
 from tests.support.lab.configs import CONFIGS
 from tests.support.lab.made_up_results import AGREEING, broken_off, differing
@@ -31,7 +31,7 @@ def matrix(*rows: RowResult, mutant: str = "") -> MatrixRun:
 
 def document(run: MatrixRun | MutantsRun) -> dict[str, Any]:
     corpus = batches_of_bytes(b"abcdef", [(2, 3)], steps=1, name="t")
-    return report.document_of(CONFIG, run, text=corpus, origin={"host": "h"})
+    return report.document_of(CONFIG, run, text=corpus, subject="s", origin={"host": "h"})
 
 
 def printed(run: MatrixRun | MutantsRun, width: int = WIDTH) -> list[str]:

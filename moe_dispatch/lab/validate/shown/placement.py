@@ -8,8 +8,8 @@ from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import SubFigure
 from matplotlib.ticker import MaxNLocator
 
-from ..desk.plots import COLORS, INK
-from .results import RowResult
+from ...desk.plots import COLORS, INK
+from ..results import RowResult
 
 
 def draw_placement(figure: SubFigure, rows: Sequence[RowResult]) -> None:

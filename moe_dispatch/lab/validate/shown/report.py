@@ -1,21 +1,23 @@
 """What the user sees of a run: a table, and the same as JSON."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, is_dataclass, replace
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
-from ..desk.console import print_lines, print_verdict
-from ..desk.output import write_json
-from ..desk.provenance import outcome
-from ..desk.tables import FittingTable
-from .config.tables import RowConfig, ValidateConfig
-from .results import QUANTITIES, RowResult
-from .runs import MatrixRun, MutantsRun
-from .text import Corpus
+from ....judge.results import QUANTITIES
+from ...desk.console import print_lines, print_verdict
+from ...desk.output import write_json
+from ...desk.provenance import outcome
+from ...desk.tables import FittingTable
+from ..config.tables import MatrixConfig
+from ..results import RowResult
+from ..rows import Row
+from ..runs import MatrixRun, MutantsRun
+from ..text import Corpus
 
 MESH = "dp sp tp ep"
 BELOW = "; --json has all"
@@ -75,19 +77,19 @@ def print_mutants(console: Console, run: MutantsRun) -> None:
     print_verdict(console, run.verdict, fine=run.all_caught)
 
 
-def print_rows(console: Console, config: ValidateConfig, rows: Sequence[RowConfig]) -> None:
+def print_rows(console: Console, config: MatrixConfig, rows: Sequence[Row]) -> None:
     """The table of rows that would run: their meshes and data."""
-    table = FittingTable("row", MESH, "B x L", "heads", "data", first_to_go=("heads", "data", "B x L", MESH))
+    table = FittingTable("row", MESH, "B x L", "data", first_to_go=("data", "B x L", MESH))
     for row in rows:
-        special = row.special(replace(config.model, heads=row.heads))
-        table.add_row(Text(row.name), _mesh(row.mesh), f"{row.batch} x {row.seq}", f"{row.heads}", special)
+        layout = row.layout
+        table.add_row(Text(row.name), _mesh(layout.mesh), f"{layout.batch} x {layout.seq}", row.special)
     table.print(console)
     runs = f"{len(rows)} row{'' if len(rows) == 1 else 's'} in {' and '.join(config.dtypes)}"
     print_lines(console, [f"{runs}, each on {config.ranks} ranks"])
 
 
 def document_of(
-    config: ValidateConfig, run: MatrixRun | MutantsRun, *, text: Corpus, origin: Mapping[str, str]
+    config: MatrixConfig, run: MatrixRun | MutantsRun, *, text: Corpus, subject: str, origin: Mapping[str, str]
 ) -> dict[str, Any]:
     """All of a run: how it ended, where it was made, its config and text, and every number of every row."""
     return {
@@ -95,6 +97,7 @@ def document_of(
         **outcome(run.status, run.stop.reason),
         **origin,
         "text": {"name": text.name, "bytes": text.size, "used_bytes": text.used, "sha256_of_used": text.digest},
+        "subject": subject,
         "config": asdict(config),
         "verdict": run.verdict,
         **{key: _plain(value) for key, value in _fields(run).items() if key != "stop"},
@@ -146,6 +149,8 @@ def _disagreements(rows: Sequence[RowResult]) -> Iterator[str]:
                     f"{row.name}, {row.dtype}: {difference.quantity} off by {difference.value:.1e} "
                     f"(tolerance {difference.tolerance:.0e}), most at {difference.where}"
                 )
+        for words in row.words:
+            yield f"{row.name}, {row.dtype}: {words}"
 
 
 def _fields(value: Any) -> dict[str, Any]:

@@ -12,10 +12,11 @@ from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import SubFigure
 from matplotlib.patches import Rectangle
 
-from ..desk.plots import INK, new_figure, save
+from ....judge.results import QUANTITIES, Difference
+from ...desk.plots import INK, new_figure, save
+from ..results import RowResult
+from ..runs import MatrixRun
 from .placement import draw_placement
-from .results import QUANTITIES, Difference, RowResult
-from .runs import MatrixRun
 
 # By decades of difference / limit. The last one below the limit is decade 0; the first and last have no other end.
 DECADES = range(-4, 6)

@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_dispatch.lab.validate.compare import compare, difference
-from moe_dispatch.lab.validate.config.tables import ToleranceConfig
-from moe_dispatch.lab.validate.results import Reference, Training
+from moe_dispatch.judge.compare import compare, difference
+from moe_dispatch.judge.results import Reference, Tolerance, Training
 
 
 def test_difference_is_relative_and_nan_disagrees() -> None:
@@ -25,7 +24,7 @@ def test_difference_is_relative_and_nan_disagrees() -> None:
     assert where == (0, 1)
 
 
-TOLERANCE = ToleranceConfig(logits=1e-12, loss=1e-12, gradients=1e-12, loss_curve=1e-12)
+TOLERANCE = Tolerance(logits=1e-12, loss=1e-12, gradients=1e-12, loss_curve=1e-12)
 
 
 def reference_of(gradients: dict[str, Tensor], noise: dict[str, float]) -> Reference:

@@ -12,10 +12,10 @@ import pytest
 
 from moe_dispatch.lab import cli
 from moe_dispatch.lab.desk.plots import check_plot
-from moe_dispatch.lab.validate.placement import most_spread
-from moe_dispatch.lab.validate.plot import COLORS_OF_DECADES, GREENS, REDS, decade_of, write_plot
 from moe_dispatch.lab.validate.results import Difference, RowResult
 from moe_dispatch.lab.validate.runs import MatrixRun
+from moe_dispatch.lab.validate.shown.placement import most_spread
+from moe_dispatch.lab.validate.shown.plot import COLORS_OF_DECADES, GREENS, REDS, decade_of, write_plot
 from tests.support.lab.made_up_results import AGREEING, broken_off, differing
 from tests.support.lab.scripted_ranks import Script
 

@@ -3,15 +3,14 @@
 import torch
 from torch import Tensor
 
-from .config.tables import ToleranceConfig
-from .results import Difference, Reference, Training
+from .results import Difference, Reference, Tolerance, Training
 
 # Rounding moves a gradient by fewer units in the last place than this: measured 4 to 22 in every row of the packaged
 # configs. One that cancels exactly moves by 10 million. It is the rest of larger terms, and is compared with those.
 USUAL_NOISE = 32
 
 
-def compare(found: Training, reference: Reference, tolerance: ToleranceConfig) -> tuple[Difference, ...]:
+def compare(found: Training, reference: Reference, tolerance: Tolerance) -> tuple[Difference, ...]:
     """One difference per quantity, each relative to the largest value of its kind (gradients: of the parameter).
 
     A gradient that cancels (exactly, in a text of one byte repeated) is what rounding leaves of its terms. It is
@@ -19,7 +18,7 @@ def compare(found: Training, reference: Reference, tolerance: ToleranceConfig) -
     """
     wanted = reference.training
     logits, (row, position, _) = difference(found.logits_BLV, wanted.logits_BLV, 0.0)
-    found_losses, losses = (torch.tensor(run.losses, dtype=torch.float64) for run in (found, wanted))
+    found_losses, losses = (torch.tensor(run.losses, dtype=torch.float64, device="cpu") for run in (found, wanted))
     first_loss, _ = difference(found_losses[:1], losses[:1], 0.0)
     curve, (step,) = difference(found_losses, losses, 0.0)
     by_name = {

@@ -1,0 +1,133 @@
+"""What is wrong with a run that differs, in words, where its numbers tell."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .layout import Layout
+from .results import Difference, OnMesh, Reference, Training
+
+MOST_NAMED = 3  # parameters in a sentence
+MEANINGS = ("dp", "sp", "tp", "ep", "ranks")
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What tells of a run.
+
+    Attributes:
+        layout: of the mesh.
+        near: whether two numbers, relative to 1, are the same but for rounding.
+    """
+
+    layout: Layout
+    near: Callable[[float], bool]
+
+    def count(self, ratio: float) -> str:
+        """ "4 (dp * sp)": the number of ranks that ``ratio`` is, with what it counts; empty where it is none."""
+        whole = round(ratio)
+        if whole < 2 or not self.near(ratio / whole - 1):
+            return ""
+        kinds = [name for name in MEANINGS if getattr(self.layout, name) == whole]
+        return f"{whole} ({' or '.join(kinds)})" if kinds else f"{whole}"
+
+
+def words_of(
+    differences: Sequence[Difference], found: OnMesh, reference: Reference, layout: Layout
+) -> tuple[str, ...]:
+    """Sentences about what differs; none where all agrees or nothing more can be told."""
+    by_quantity = {difference.quantity: difference for difference in differences}
+    told: list[str] = []
+    if not by_quantity["logits"].agrees:
+        told += _of_logits(found, reference.training, by_quantity["logits"].tolerance)
+    if not by_quantity["loss"].agrees:
+        limit = by_quantity["loss"].tolerance
+        told += _of_loss(found.training, reference.training, Finding(layout, lambda off: abs(off) <= 10 * limit))
+    if not by_quantity["gradients"].agrees:
+        limit = by_quantity["gradients"].tolerance
+        told += _of_gradients(
+            found.training, reference.training, limit, Finding(layout, lambda off: abs(off) <= 10 * limit)
+        )
+    if [name for name, difference in by_quantity.items() if not difference.agrees] == ["loss curve"]:
+        told.append(
+            "the first step agrees and later ones do not: something is kept from step to step, or is not updated"
+        )
+    return tuple(told)
+
+
+def _of_logits(found: OnMesh, wanted: Training, limit: float) -> Iterator[str]:
+    """Whose tokens agree."""
+    got_BLV, wanted_BLV = found.training.logits_BLV, wanted.logits_BLV
+    if got_BLV.shape != wanted_BLV.shape:
+        yield f"logits are {tuple(got_BLV.shape)}, of one process {tuple(wanted_BLV.shape)}"
+        return
+    scale = wanted_BLV.abs().max().item()
+    agrees_BL = ((got_BLV - wanted_BLV).abs() <= limit * scale).all(-1)
+    rank_BL = torch.tensor(found.rank_of_token_BL, device="cpu")
+    ranks = rank_BL.unique().tolist()
+    right = [rank for rank in ranks if agrees_BL[rank_BL == rank].all()]
+    places_L = agrees_BL.all(0)
+    if right:
+        yield f"logits agree on the tokens of rank{'s' * (len(right) > 1)} {', '.join(map(str, right))} only"
+    elif not agrees_BL.any():
+        yield "logits differ at every token"
+    elif places_L[0]:
+        yield f"logits agree at the first {int(places_L.int().cumprod(0).sum())} places of each row"
+    else:
+        yield f"logits agree at {int(agrees_BL.sum())} of {agrees_BL.numel()} tokens"
+
+
+def _of_loss(found: Training, wanted: Training, finding: Finding) -> Iterator[str]:
+    got, right = found.losses[0], wanted.losses[0]
+    if not right or not got or got != got:
+        return
+    if count := finding.count(got / right):
+        yield f"the loss is {count} times that of one process: each share is the whole, or a mean of fewer tokens"
+    elif count := finding.count(right / got):
+        yield f"the loss is 1/{count.partition(' ')[0]} of that of one process: divided once more than it should be"
+
+
+def _of_gradients(found: Training, wanted: Training, limit: float, finding: Finding) -> Iterator[str]:
+    """Groups of parameters whose gradients are the same multiple of the right ones."""
+    names_of_ratio: dict[str, list[str]] = defaultdict(list)
+    agreeing = []
+    for name, right in wanted.gradients.items():
+        got = found.gradients[name]
+        text = _ratio(got, right, limit, finding)
+        (agreeing if text == "agrees" else names_of_ratio[text]).append(name)
+    for text, names in names_of_ratio.items():
+        if text:
+            yield f"{_named(names, of=len(wanted.gradients))} {text}"
+
+
+def _ratio(got: Tensor, right: Tensor, limit: float, finding: Finding) -> str:
+    """What multiple of ``right`` it is, in words; empty where it is none that tells anything."""
+    if got.shape != right.shape or not right.numel():
+        return "" if got.shape == right.shape else "are of another shape"
+    scale = right.abs().max().item()
+    if ((got - right).abs() <= limit * scale).all():
+        return "agrees"
+    if got.isnan().all():
+        return "are not there: nothing reached these parameters"
+    if not scale or not got.isfinite().all():
+        return ""
+    if not got.any():
+        return "are 0: no gradient comes back to them"
+    ratio = ((got * right).sum() / (right * right).sum()).item()
+    if ((got - ratio * right).abs() > 10 * limit * scale * max(ratio, 1)).any():
+        return ""
+    if count := finding.count(ratio):
+        return f"are {count} times too large: summed over ranks that hold the same"
+    if count := finding.count(1 / ratio if ratio else 0.0):
+        return f"are 1/{count} of the reference: averaged over ranks instead of summed"
+    return f"are {ratio:.3g} times the reference"
+
+
+def _named(names: Sequence[str], *, of: int) -> str:
+    if len(names) == of:
+        return "gradients of all parameters"
+    more = len(names) - MOST_NAMED
+    return f"gradients of {', '.join(names[:MOST_NAMED])}" + (f" and {more} more" if more > 0 else "")
