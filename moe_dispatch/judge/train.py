@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .. import ParallelMesh, build_mesh, check_replicated, gather_tokens
+from .. import ParallelMesh, agree, build_mesh, check_replicated, gather_tokens
 from ..internals import check_is_group
 from ..wire.local_tensors import is_dtensor
 from .layout import Layout
@@ -68,15 +68,15 @@ def run_on_mesh(
 
     Raises:
         DisagreementError: the whole model is not the same on every rank, so that no comparison would mean anything.
-        ValueError: the share has other parameters than the whole.
+        RankMistakeError: the share of a rank has other parameters than the whole.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     mesh = build_mesh(dp=layout.dp, sp=layout.sp, tp=layout.tp, ep=layout.ep, device_type=device)
     everyone = check_is_group(dist.group.WORLD)
     whole = subject.whole(layout).to(dtype)
     check_replicated(whole, group=everyone)
-    names = {name for name, _ in whole.named_parameters()}
     model = subject.share(whole, layout, mesh)
+    agree("the share", problem=problem_of_names(whole, model), device=torch.device(device), group=everyone)
     first: list[OnMesh] = []
 
     def step(token_BL: Tensor) -> float:
@@ -87,7 +87,7 @@ def run_on_mesh(
             training = Training(
                 logits_BLV=_batch_first(outcome, logits_BLV.cpu().double()),
                 losses=(),
-                gradients=whole_gradients(subject, model, layout, mesh, names),
+                gradients=whole_gradients(subject, model, layout, mesh),
             )
             rank_of_token_T, _ = outcome.tokens.locate(torch.arange(layout.batch * layout.seq, device="cpu"))
             rank_of_token_BL = rank_of_token_T.view(outcome.tokens.global_shape)
@@ -117,9 +117,18 @@ def train(
     return tuple(losses)
 
 
-def whole_gradients(
-    subject: Subject, model: nn.Module, layout: Layout, mesh: ParallelMesh, names: set[str]
-) -> dict[str, Tensor]:
+def problem_of_names(whole: nn.Module, share: nn.Module) -> str:
+    """What is wrong with the names of the share's parameters; empty where they are those of the whole."""
+    wanted, got = ({plain_name(name) for name, _ in model.named_parameters()} for model in (whole, share))
+    if got == wanted:
+        return ""
+    return (
+        f"the share has other parameters than the whole: {', '.join(sorted(wanted - got)) or 'none'} missing, "
+        f"{', '.join(sorted(got - wanted)) or 'none'} that the whole has not; parameters keep their names in a share"
+    )
+
+
+def whole_gradients(subject: Subject, model: nn.Module, layout: Layout, mesh: ParallelMesh) -> dict[str, Tensor]:
     """Every parameter's whole gradient, in float64 on the CPU, on every rank; NaN where a parameter has none.
     Collective."""
     gradients = {}
@@ -129,12 +138,6 @@ def whole_gradients(
             gradient = _full(gradient)
         plain = plain_name(name)
         gradients[plain] = subject.whole_gradient(plain, gradient.detach(), layout, mesh).cpu().double()
-    if gradients.keys() != names:
-        missing, others = sorted(names - gradients.keys()), sorted(gradients.keys() - names)
-        raise ValueError(
-            f"the share has other parameters than the whole: {', '.join(missing) or 'none'} missing, "
-            f"{', '.join(others) or 'none'} that the whole has not; parameters keep their names in a share"
-        )
     return gradients
 
 

@@ -112,8 +112,8 @@ def test_what_cannot_be_compared_is_refused_on_every_rank(rank_pool: RankPool) -
     dtype, parameter, mesh, subject = first
     assert dtype == ("dtype is torch.bfloat16; only float64 and float32 have limits that rounding does not reach")
     assert parameter == (
-        "the share has other parameters than the whole: none missing, extra that the whole has not; parameters keep "
-        "their names in a share"
+        "rank 2: the share has other parameters than the whole: none missing, extra that the whole has not; "
+        "parameters keep their names in a share"
     )
     assert mesh.startswith("dp=3 x sp=1 x tp=1 is 3 ranks, but there are 4; ")
     assert subject == (
