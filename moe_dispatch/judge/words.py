@@ -11,6 +11,7 @@ from .layout import Layout
 from .results import Difference, OnMesh, Reference, Training
 
 MOST_NAMED = 3  # parameters in a sentence
+RANDOM = 0.01  # of the largest gradient; rounding moves it by 1e-6 in float32
 MEANINGS = ("dp", "sp", "tp", "ep", "ranks")
 
 
@@ -40,7 +41,9 @@ def words_of(
 ) -> tuple[str, ...]:
     """Sentences about what differs; none where all agrees or nothing more can be told."""
     by_quantity = {difference.quantity: difference for difference in differences}
-    told: list[str] = []
+    if all(difference.agrees for difference in differences):
+        return ()
+    told = list(_of_noise(reference))
     if not by_quantity["logits"].agrees:
         told += _of_logits(found, reference.training, by_quantity["logits"].tolerance)
     if not by_quantity["loss"].agrees:
@@ -56,6 +59,17 @@ def words_of(
             "the first step agrees and later ones do not: something is kept from step to step, or is not updated"
         )
     return tuple(told)
+
+
+def _of_noise(reference: Reference) -> Iterator[str]:
+    """Whether one process agrees with itself."""
+    largest = max((gradient.abs().max().item() for gradient in reference.training.gradients.values()), default=0.0)
+    noise = max(reference.noise.values(), default=0.0)
+    if noise > RANDOM * largest:
+        yield (
+            f"gradients of one process move by {noise / largest:.0%} where its weights move by a unit in the last "
+            "place: the model is random, e.g. by dropout, or has no stable answer"
+        )
 
 
 def _of_logits(found: OnMesh, wanted: Training, limit: float) -> Iterator[str]:

@@ -1,6 +1,7 @@
 """The loops of the main job: every row of the matrix in every dtype, and every mutant in its row."""
 
 import time
+import traceback
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Protocol
 
@@ -138,12 +139,16 @@ class _RowRunner:
             token_SBL = self.text.token_SBL_of_shape[row.layout.shape]
             try:
                 self._reference_of_data[row.data] = run_reference_of(self.config, row, self.dtype, token_SBL)
-            except (MemoryError, RuntimeError) as error:
-                if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):
-                    raise  # torch has no type of its own for too large a tensor
-                raise CouldNotRun(
-                    f"row {row.name!r} does not fit in memory; make its batch, seq or model smaller"
-                ) from error
+            except Exception as error:
+                if isinstance(error, MemoryError) or "can't allocate memory" in str(
+                    error
+                ):  # torch has no type for it
+                    raise CouldNotRun(
+                        f"row {row.name!r} does not fit in memory; make its batch, seq or model smaller"
+                    ) from error
+                if row.source.is_users:
+                    raise CouldNotRun(f"the subject raised in one process\n{traceback.format_exc()}") from error
+                raise
             seconds = time.perf_counter() - start
             self._note(row, seconds)
         return self._reference_of_data[row.data]

@@ -12,6 +12,11 @@ class Source(Hashable, Protocol):
     """Where a subject comes from: every process makes its own. Equal sources make equal subjects."""
 
     @property
+    def is_users(self) -> bool:
+        """Whether what it raises is the user's, not ours."""
+        ...
+
+    @property
     def told(self) -> str:
         """What it is, in a few words; others where the subject is another."""
         ...

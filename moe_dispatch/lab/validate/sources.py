@@ -26,6 +26,10 @@ class DebugSource:
     seed: int
 
     @property
+    def is_users(self) -> bool:
+        return False
+
+    @property
     def told(self) -> str:
         return "the debug model"
 
@@ -59,6 +63,10 @@ class UserSource:
             )
         file = getattr(module, "__file__", None)
         return cls(spec, hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else "")
+
+    @property
+    def is_users(self) -> bool:
+        return True
 
     @property
     def told(self) -> str:

@@ -82,6 +82,14 @@ def test_a_difference_that_tells_nothing() -> None:
     assert words(replace(WANTED, losses=(3.7, 2.5))) == []
 
 
+def test_a_model_that_is_random_is_told() -> None:
+    reference = replace(REFERENCE, noise=dict.fromkeys(GRADIENTS, 0.5))
+    found = OnMesh(training=with_logits((0, 0)), rank_of_token_BL=RANKS_BL)
+    first, *_ = words_of(compare(found.training, reference, TOLERANCE), found, reference, LAYOUT)
+    largest = max(gradient.abs().max().item() for gradient in GRADIENTS.values())
+    assert first.startswith(f"gradients of one process move by {0.5 / largest:.0%} where its weights move by a unit")
+
+
 def test_many_parameters_are_named_by_a_few() -> None:
     gradients = {f"w{i}": torch.ones(1, dtype=torch.float64) for i in range(6)} | {"x": torch.ones(1).double()}
     reference = Reference(

@@ -133,6 +133,7 @@ class AnotherSeed:
 
     source: DebugSource
     told = "another"
+    is_users = False
 
     def load(self) -> DebugSubject:
         return DebugSubject(config=self.source.config, seed=self.source.seed + 1)

@@ -6,9 +6,11 @@ import pytest
 
 from moe_dispatch.lab import cli
 from moe_dispatch.lab.desk.config_file import ConfigError
+from moe_dispatch.lab.validate import matrix
 from moe_dispatch.lab.validate.config.load import load_matrix
 from moe_dispatch.lab.validate.matrix import run_matrix, run_mutants
 from moe_dispatch.lab.validate.mutants.mutants import MUTANTS
+from moe_dispatch.lab.validate.run import run_reference_of
 from moe_dispatch.lab.validate.sources import UserSource, rows_of_user
 from moe_dispatch.lab.validate.text import batches_of_bytes, default_text
 from moe_dispatch.testing import RankPool
@@ -91,6 +93,18 @@ def test_what_is_no_subject_is_refused(tmp_path: Path, text: str, name: str, pro
         UserSource.of(f"{file}{name}")
     assert str(error.value).startswith(f"--subject {file}{name}")
     assert problem.format(file=file) in str(error.value)
+
+
+def test_what_it_raises_in_one_process_is_told_and_is_no_difference(
+    script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(matrix, "run_reference_of", run_reference_of)
+    file = tmp_path / "raising.py"
+    file.write_text(FUNCTIONS.replace("def whole(layout): ...", "def whole(layout): return layout.heads"))
+    assert cli.main(["validate", "--subject", str(file), "--dtypes", "float64"]) == 3
+    told = capsys.readouterr().err
+    assert "the subject raised in one process\nTraceback" in told
+    assert "AttributeError: 'Layout' object has no attribute 'heads'" in told
 
 
 def test_a_missing_file_and_a_missing_package_are_refused(tmp_path: Path) -> None:
