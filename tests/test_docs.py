@@ -9,8 +9,9 @@ from types import ModuleType
 import pytest
 
 import moe_dispatch
+import moe_dispatch.integrations.transformers
 import moe_dispatch.testing
-import sp_attention
+import sp_attention.integrations.transformers
 from moe_dispatch.lab import cli
 from moe_dispatch.testing import RankPool
 
@@ -91,7 +92,17 @@ def test_the_index_names_every_page() -> None:
 
 
 def test_every_public_name_is_in_the_reference_once() -> None:
-    for module in (moe_dispatch, moe_dispatch.testing, sp_attention):
-        page = ROOT / "docs/api" / f"{module.__name__.removeprefix('moe_dispatch.')}.md"
-        documented = re.findall(r"^\.\. auto(?:function|class|exception):: (\w+)", page.read_text(), re.MULTILINE)
-        assert sorted(documented) == sorted(module.__all__)
+    pages = {
+        "moe_dispatch": [moe_dispatch],
+        "testing": [moe_dispatch.testing],
+        "sp_attention": [sp_attention],
+        "transformers": [moe_dispatch.integrations.transformers, sp_attention.integrations.transformers],
+    }
+    for page, modules in pages.items():
+        text = (ROOT / f"docs/api/{page}.md").read_text()
+        documented = re.findall(r"^\.\. auto(?:function|class|exception):: (\w+)", text, re.MULTILINE)
+        assert sorted(documented) == sorted(name for module in modules for name in module.__all__)
+
+
+def test_the_page_of_transformers_shows_its_example() -> None:
+    assert fences(ROOT / "docs/transformers.md", "python") == [(ROOT / "examples/transformers_moe.py").read_text()]

@@ -137,6 +137,7 @@ def test_other_collectives_of_the_library_are_sums() -> None:
         ("moe_dispatch/training/clip.py", "all_reduce"),
         ("moe_dispatch/training/gradients.py", "all_reduce"),
         ("sp_attention/batch/loss.py", "all_reduce"),
+        ("sp_attention/integrations/transformers/loss.py", "all_reduce"),
     }
 
 

@@ -21,6 +21,7 @@ FLOORS = (
     ("moe_dispatch/training/",),
     ("moe_dispatch/__init__.py", "moe_dispatch/internals.py"),
     ("moe_dispatch/judge/",),
+    ("moe_dispatch/integrations/",),
     ("moe_dispatch/reference.py", "moe_dispatch/testing/"),
     ("moe_dispatch/pytest_plugin.py",),
     ("sp_attention/dtypes.py",),
@@ -29,6 +30,7 @@ FLOORS = (
     ("sp_attention/call/",),
     ("sp_attention/batch/",),
     ("sp_attention/__init__.py", "sp_attention/reference.py"),
+    ("sp_attention/integrations/",),
     ("sp_attention/__main__.py",),
     ("moe_dispatch/lab/desk/", "moe_dispatch/lab/__init__.py"),
     ("moe_dispatch/lab/validate/", "moe_dispatch/lab/bench/", "moe_dispatch/lab/forecast/"),
@@ -38,6 +40,8 @@ FLOORS = (
 MOST_FILES, MOST_LINES, MOST_TEST_LINES, MOST_FUNCTION_LINES = 12, 260, 330, 60
 FILES, TESTS = sources("moe_dispatch", "sp_attention"), sources("tests")
 FRONT_DOORS = {"moe_dispatch", "moe_dispatch.internals"}
+# Each integration of the second package builds on that of the first, by its public names.
+INTEGRATIONS = "sp_attention/integrations/", "moe_dispatch.integrations.transformers"
 
 
 def floor_of(name: str) -> tuple[int, str]:
@@ -69,6 +73,7 @@ def test_the_second_package_comes_in_by_the_front_doors() -> None:
     of_package = {name: source for name, source in FILES.items() if name.startswith("sp_attention/")}
     for name, source in of_package.items():
         doors = FRONT_DOORS | ({"moe_dispatch.testing"} if name.endswith("__main__.py") else set())
+        doors |= {INTEGRATIONS[1]} if name.startswith(INTEGRATIONS[0]) else set()
         modules = {module for module in imports(source) if module.split(".")[0] == "moe_dispatch"}
         inside = {module for module in modules if module not in doors and module.rpartition(".")[0] not in doors}
         assert inside == set(), name
@@ -107,6 +112,14 @@ def test_no_test_module_imports_another(name: str) -> None:
 # ---- what an import does -------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", FILES)
+def test_transformers_is_imported_in_its_two_rooms(name: str) -> None:
+    rooms = "moe_dispatch/integrations/transformers/", "sp_attention/integrations/transformers/"
+    assert name.startswith(rooms) or not any(
+        module.split(".")[0] == "transformers" or ".integrations" in module for module in imports(FILES[name])
+    )
+
+
 def test_importing_does_no_work() -> None:
     program = """
 import sys
@@ -114,7 +127,7 @@ import torch
 already = set(sys.modules)
 import moe_dispatch
 wanted = {"pydantic", "rich", "matplotlib", "pytest", "triton", "sp_attention", "moe_dispatch.testing"}
-wanted |= {"torch.distributed.tensor"}
+wanted |= {"torch.distributed.tensor", "transformers"}
 print(sorted(wanted & (set(sys.modules) - already)))
 print(torch.cuda.is_initialized(), torch.distributed.is_initialized())
 print([name for name in moe_dispatch.__all__ if not hasattr(moe_dispatch, name)])

@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .moe import MoE
+from .share import MARK
 
 
 def leave_experts_to_ranks(model: nn.Module) -> None:
@@ -27,4 +28,7 @@ def leave_experts_to_ranks(model: nn.Module) -> None:
                 f"experts.{name}" for name, _ in (*module.experts.named_parameters(), *module.experts.named_buffers())
             ]
             names.update(prefix + name for name in (*own, "load_E", "report"))
+        elif MARK in vars(module):
+            held = (*module.named_parameters(), *module.named_buffers())
+            names.update(f"{place}.{name}" if place else name for name, _ in held)
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..errors import GroupError
-from ..layer.moe import MoE
+from ..layer.share import expert_layers
 from .parameters import Parameters, is_on_mesh, local_part, within_reach, wrapped_by
 
 Groups = tuple[dist.ProcessGroup, ...]
@@ -163,9 +163,8 @@ def _on_mesh(weights: Iterable[nn.Parameter], power: Power) -> Tensor:
 def _experts_of_groups(model: nn.Module, parameters: Parameters) -> dict[dist.ProcessGroup, list[nn.Parameter]]:
     """This rank's experts by the group that holds all of them. Layers without experts here have to join, too."""
     found: dict[dist.ProcessGroup, list[nn.Parameter]] = {}
-    for module in model.modules():
-        if isinstance(module, MoE):
-            found.setdefault(module.group, [])
+    for layer, _ in expert_layers(model):
+        found.setdefault(layer.group, [])
     for name, weight in parameters.experts.items():
         found[parameters.moe_of_expert[name].group].append(weight)
     return found

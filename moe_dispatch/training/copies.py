@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from ..layer.moe import MoE
+from ..layer.share import ExpertLayer
 from .parameters import Parameters, is_on_mesh
 from .tables import Table, facts_of
 
@@ -35,7 +35,7 @@ def with_gradient(parameters: Mapping[str, nn.Parameter]) -> str:
     return "".join("01"[weight.grad is not None] for weight in parameters.values())
 
 
-def _which(moe: MoE) -> str:
+def _which(moe: ExpertLayer) -> str:
     rank = moe.group.rank()
     first = moe.partition.offsets[rank]
     return f"experts {first} to {first + moe.partition.sizes[rank] - 1}"

@@ -2,11 +2,11 @@
 
 from torch import Tensor, nn
 
-from ..layer.moe import MoE
+from ..layer.share import ExpertLayer
 from .parameters import tensors_of_experts
 
 
-def experts_of_state(model: nn.Module) -> dict[str, MoE]:
+def experts_of_state(model: nn.Module) -> dict[str, ExpertLayer]:
     """The layer of every tensor of experts, by its name in ``model.state_dict()``. No communication.
 
     Told by the tensors themselves: names in a state dict are not always those of the modules.
@@ -15,7 +15,7 @@ def experts_of_state(model: nn.Module) -> dict[str, MoE]:
         ValueError: experts that are not stacked in the first dimension, so that nobody knows which number is whose.
     """
     moe_of_tensor = {id(tensor): moe for moe, tensor in tensors_of_experts(model)}
-    found: dict[str, MoE] = {}
+    found: dict[str, ExpertLayer] = {}
     for name, value in model.state_dict(keep_vars=True).items():
         moe = moe_of_tensor.get(id(value)) if isinstance(value, Tensor) else None
         if moe is not None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parameter import is_lazy
 
-from ..layer.moe import MoE
+from ..layer.share import ExpertLayer, expert_layers
 from ..wire.local_tensors import is_dtensor
 
 
@@ -48,14 +48,14 @@ class Parameters:
     Attributes:
         replicated: ordinary tensors that every rank holds whole.
         on_mesh: DTensors that are no experts: FSDP2 or DTensor sums their gradients.
-        experts: those of an :class:`MoE`'s experts that have elements, ordinary or DTensors.
+        experts: those of layers of experts (see ``layer/share.py``) that have elements, ordinary or DTensors.
         moe_of_expert: the layer that each of ``experts`` belongs to.
     """
 
     replicated: dict[str, nn.Parameter]
     on_mesh: dict[str, nn.Parameter]
     experts: dict[str, nn.Parameter]
-    moe_of_expert: dict[str, MoE]
+    moe_of_expert: dict[str, ExpertLayer]
 
     @classmethod
     def of(cls, model: nn.Module) -> "Parameters":
@@ -70,12 +70,11 @@ class Parameters:
         return found
 
 
-def tensors_of_experts(model: nn.Module) -> Iterator[tuple[MoE, Tensor]]:
-    """Every parameter and buffer of the experts of every MoE layer."""
-    for module in model.modules():
-        if isinstance(module, MoE):
-            for tensor in (*module.experts.parameters(), *module.experts.buffers()):
-                yield module, tensor
+def tensors_of_experts(model: nn.Module) -> Iterator[tuple[ExpertLayer, Tensor]]:
+    """Every parameter and buffer of the experts of every layer."""
+    for layer, experts in expert_layers(model):
+        for tensor in (*experts.parameters(), *experts.buffers()):
+            yield layer, tensor
 
 
 def wrapped_by(wrapper: str, model: nn.Module) -> str:

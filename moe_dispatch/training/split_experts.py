@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..layer.moe import MoE
+from ..layer.share import ExpertLayer
 from ..layout.partition import Partition
 from .experts_state import experts_of_state, is_stacked
 from .parameters import is_on_mesh, local_part
@@ -45,7 +45,7 @@ def split_experts(state: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
     return split
 
 
-def _moe_of(name: str, moe_of_name: Mapping[str, MoE]) -> MoE | None:
+def _moe_of(name: str, moe_of_name: Mapping[str, ExpertLayer]) -> ExpertLayer | None:
     """The layer of the experts that ``name`` is about; the longest name of them counts."""
     inside = [of_experts for of_experts in moe_of_name if f".{of_experts}." in f".{name}."]
     return moe_of_name[max(inside, key=len)] if inside else None

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..layer.moe import MoE
+from ..layer.share import ExpertLayer, expert_layers
 from ..wire.exchange import exchange_rows
 from .experts_state import experts_of_state
 from .parameters import device_of, is_on_mesh, no_values, within_reach
@@ -32,13 +32,13 @@ def whole_state_dict(model: nn.Module, *, keep: bool = True) -> dict[str, Any]:
         GroupError: on every rank of a layer's group: experts that are not stacked in dimension 0, or of other widths
             or dtypes than on a peer, and parameters without values.
     """
-    state, moe_of_name, problem = model.state_dict(), dict[str, MoE](), ""
+    state, moe_of_name, problem = model.state_dict(), dict[str, ExpertLayer](), ""
     try:
         moe_of_name = experts_of_state(model)
     except ValueError as error:  # not on every rank, where a number of experts is a width by chance
         problem = str(error)
     problem = problem or _without_values(state)
-    groups = dict.fromkeys(module.group for module in model.modules() if isinstance(module, MoE))
+    groups = dict.fromkeys(layer.group for layer, _ in expert_layers(model))
     keeps_of_group = {group: _check(state, moe_of_name, problem, group, keep) for group in groups}
     whole: dict[str, Any] = {}
     for name, value in state.items():
@@ -99,7 +99,11 @@ def _without_values(state: Mapping[str, Any]) -> str:
 
 
 def _check(
-    state: Mapping[str, Any], moe_of_name: Mapping[str, MoE], problem: str, group: dist.ProcessGroup, keep: bool
+    state: Mapping[str, Any],
+    moe_of_name: Mapping[str, ExpertLayer],
+    problem: str,
+    group: dist.ProcessGroup,
+    keep: bool,
 ) -> list[bool]:
     """Which ranks of ``group`` keep the result. Raise on all of them unless their experts fit together."""
     names = [name for name, moe in moe_of_name.items() if moe.group is group]
@@ -112,7 +116,7 @@ def _check(
     ]
 
 
-def _gather(x_e: Tensor, moe: MoE, keeps: Sequence[bool]) -> Tensor:
+def _gather(x_e: Tensor, moe: ExpertLayer, keeps: Sequence[bool]) -> Tensor:
     """(e, ...) of every rank -> (E, ...) on the ranks that keep it, nothing on the others. As bytes: backends do not
     know every dtype."""
     mine, inner = len(x_e), x_e.shape[1:]
@@ -132,7 +136,7 @@ def _gather(x_e: Tensor, moe: MoE, keeps: Sequence[bool]) -> Tensor:
 # ---- to one rank -----------------------------------------------------------------------------------------
 
 
-def _cut(name: str, value_E: Tensor, moe: MoE) -> Tensor:
+def _cut(name: str, value_E: Tensor, moe: ExpertLayer) -> Tensor:
     partition, rank = moe.partition, moe.group.rank()
     if not value_E.ndim or value_E.shape[0] != partition.total:
         raise ValueError(

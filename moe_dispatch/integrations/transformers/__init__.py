@@ -1,0 +1,10 @@
+"""Experts of Transformers' MoE models over ranks.
+
+Transformers gives each experts module the rows of all tokens, flat, their expert ids and their weights, and lets a
+registered function compute. Ours sends rows to the ranks of their experts; each rank keeps its share of the weights.
+"""
+
+from .apply import apply_expert_parallel
+from .aux_loss import global_aux_loss
+
+__all__ = ["apply_expert_parallel", "global_aux_loss"]

@@ -1,0 +1,111 @@
+"""What a Transformers experts module carries once it is cut: its share, and the tokens of the layer at hand."""
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ...layer.passed_on import passed_on
+from ...layer.recompute import ForwardMemory, in_backward
+from ...layer.share import MARK, ExpertShare
+from ...layout.sharding import TokenSharding
+from ...plan.counted import Counted
+from ...plan.metadata import DispatchMetadata
+from ...plan.terms import Terms
+from ...rows.combine import combine
+from ...rows.dispatch import dispatch
+from ...wire.token_counts import gather_sharding
+from .layout import compute
+
+NAME = "moe_dispatch"  # in Transformers' registry, which is the process's: the function knows no model and no mesh
+STEP = "step"  # the keyword of model(...) in which a step travels
+
+
+class StepOfExperts(Protocol):
+    """What experts read of the keyword ``step``.
+
+    Attributes:
+        tokens_of_experts: the tokens that the expert-parallel group holds.
+        fed_shape: (rows, length) that this rank's model gets: with a dummy token where it has none.
+    """
+
+    tokens_of_experts: TokenSharding
+    fed_shape: tuple[int, int]
+
+
+class LayerAtHand:
+    """The step of a decoder layer while it runs: in its forward, and in a recomputation by a checkpoint around it,
+    which calls it with the same keywords. Nothing is left when it ends, so two forwards before a backward cannot be
+    mixed up."""
+
+    def __init__(self) -> None:
+        self.is_running, self.step = False, None
+
+    def enter(self, layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        """A forward pre-hook."""
+        self.is_running, self.step = True, kwargs.get(STEP)
+
+    def leave(self, layer: nn.Module, args: Any, output: Any) -> None:
+        """A forward hook that is always called: a recomputation ends early, by an exception."""
+        self.is_running, self.step = False, None
+
+
+class HeldExperts(ExpertShare):
+    """The mark of a cut experts module."""
+
+    def __init__(self, partition: Any, group: Any, layer: LayerAtHand) -> None:
+        super().__init__(partition, group)
+        self.layer = layer
+        self.plans: ForwardMemory[tuple[DispatchMetadata, StepOfExperts | None]] = ForwardMemory()
+
+    def plan(
+        self, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, of_any: bool
+    ) -> tuple[DispatchMetadata, StepOfExperts | None]:
+        """The plan of this call, and the step that it belongs to; a host sync or two."""
+        step: StepOfExperts | None = self.layer.step
+        if not self.layer.is_running and in_backward():
+            raise RuntimeError(
+                "a checkpoint recomputes experts without the decoder layer around them, so nobody knows whose tokens "
+                "these are; checkpoint whole layers (model.gradient_checkpointing_enable()), or pass "
+                "use_reentrant=False"
+            )
+        if step is None:
+            sharding = gather_sharding(len(x_TD), device=x_TD.device, group=self.group)
+        else:
+            sharding = step.tokens_of_experts
+        terms = Terms(
+            sharding=sharding,
+            experts=self.partition,
+            dim=x_TD.shape[1],
+            dtype=x_TD.dtype,
+            also=f"gradients of tokens, weights or experts {of_any}, weights of {weight_TK.dtype}",
+        )
+        of_rank = [own_tokens(x, sharding.local_shape(self.group.rank()), step) for x in (expert_TK, weight_TK)]
+        return Counted().plan(of_rank[0], of_rank[1].detach(), terms, self.group), step
+
+
+def own_tokens(x_T: Tensor, local_shape: tuple[int, int], step: StepOfExperts | None) -> Tensor:
+    """(T, ...) of all tokens that the model got -> (b, l, ...) without the dummy."""
+    rows, length = local_shape
+    fed_shape = local_shape if step is None else step.fed_shape
+    return x_T.unflatten(0, fed_shape)[:rows, :length]
+
+
+def experts_over_ranks(experts: Any, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> Tensor:
+    """The registered function: (T, D) rows, (T, K) ids of all experts and (T, K) weights -> (T, D), the sums."""
+    held = getattr(experts, MARK, None)
+    if not isinstance(held, HeldExperts):
+        raise ValueError(
+            f"experts_implementation is {NAME!r}, but {type(experts).__name__} is not cut over ranks; call "
+            "apply_expert_parallel(model, mesh)"
+        )
+    learns = x_TD.requires_grad or weight_TK.requires_grad or any(w.requires_grad for w in experts.parameters())
+    of_any = torch.is_grad_enabled() and learns
+    plan, step = held.plans.recall(lambda: held.plan(x_TD, expert_TK, weight_TK, of_any))
+    shape = plan.local_shape[:2]
+    x_MD, weight_M = dispatch(own_tokens(x_TD, shape, step), own_tokens(weight_TK, shape, step), plan)
+    y_MD = compute(experts, x_MD, plan.rows_per_expert_e)
+    y_BlD = combine(passed_on(y_MD, weight_M) if of_any else y_MD, plan, weight_M)
+    fed = shape if step is None else step.fed_shape
+    padding = (0, 0, 0, fed[1] - shape[1], 0, fed[0] - shape[0])
+    return nn.functional.pad(y_BlD, padding).flatten(0, 1).to(x_TD.dtype)

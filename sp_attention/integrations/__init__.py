@@ -1,0 +1,1 @@
+"""This library in the slots of others; each module imports what it is named after."""

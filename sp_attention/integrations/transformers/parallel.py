@@ -1,0 +1,60 @@
+"""The calls of a training step in one object, with the mesh that all of them need."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from moe_dispatch import ParallelMesh, Partition, build_mesh, clip_grad_norm, sum_gradients
+from moe_dispatch.integrations.transformers import apply_expert_parallel
+
+from ...batch.loss import MeanLoss
+from .apply import apply_sequence_parallel
+from .loss import causal_lm_loss
+from .step import Step, everyone, gather_sequence, shard_batch
+
+
+class Parallel:
+    """Data, sequence and expert parallelism of Transformers' models. It knows a mesh, and neither a model nor a
+    batch: so one serves several models, and several microbatches at once. Every rank makes one; collective.
+
+    Args:
+        dp, sp, ep, device_type: as for :func:`moe_dispatch.build_mesh`.
+
+    Attributes:
+        mesh: for the functions that each method names.
+
+    Raises:
+        ValueError: an impossible mesh.
+    """
+
+    mesh: ParallelMesh
+
+    def __init__(self, *, dp: int = 1, sp: int = 1, ep: int = 1, device_type: str) -> None:
+        self.mesh = build_mesh(dp=dp, sp=sp, ep=ep, device_type=device_type)
+
+    def apply(self, model: nn.Module, *, experts: Partition | None = None) -> None:
+        """:func:`apply_sequence_parallel` and :func:`apply_expert_parallel`, in place. What refuses, refuses before
+        any expert is cut."""
+        apply_sequence_parallel(model, self.mesh)
+        apply_expert_parallel(model, self.mesh, experts=experts)
+
+    def shard(self, *, lengths: Sequence[int] | None = None, **batch: Tensor) -> Step:
+        """:func:`shard_batch`."""
+        return shard_batch(batch, self.mesh, lengths=lengths)
+
+    def loss(self, model: nn.Module, out: Any, step: Step, *, num_targets: int | Tensor | None = None) -> MeanLoss:
+        """:func:`causal_lm_loss`."""
+        return causal_lm_loss(model, out, step, num_targets=num_targets)
+
+    def gather(self, x_BlD: Tensor, step: Step) -> Tensor:
+        """:func:`gather_sequence`."""
+        return gather_sequence(x_BlD, step)
+
+    def sum_gradients(self, model: nn.Module) -> None:
+        """:func:`moe_dispatch.sum_gradients` over all ranks, of experts over those that hold the same ones."""
+        sum_gradients(model, group=everyone(), expert_group=self.mesh.expert.get_group("edp"))
+
+    def clip_grad_norm(self, model: nn.Module, max_norm: float) -> Tensor:
+        """:func:`moe_dispatch.clip_grad_norm`, after :meth:`sum_gradients`."""
+        return clip_grad_norm(model, max_norm)
