@@ -13,6 +13,9 @@ from .plan.counted import Counted, plan_dispatch
 from .plan.hierarchical import HierarchicalPlan, NodeGroups, plan_hierarchical
 from .plan.metadata import DispatchMetadata
 from .plan.static import StaticPlan, StaticSizes, plan_static
+from .routing.record import RoutingRecord
+from .routing.recording import record_routing
+from .routing.replaying import replay_routing
 from .rows.combine import combine, start_combine
 from .rows.dispatch import dispatch, start_dispatch
 from .training.clip import clip_grad_norm
@@ -37,6 +40,7 @@ __all__ = [
     "ParallelMesh",
     "Partition",
     "RankMistakeError",
+    "RoutingRecord",
     "StaticPlan",
     "StaticSizes",
     "StaticSizesError",
@@ -57,6 +61,8 @@ __all__ = [
     "plan_dispatch",
     "plan_hierarchical",
     "plan_static",
+    "record_routing",
+    "replay_routing",
     "sequence_balance_loss",
     "share_of_state_dict",
     "split_experts",

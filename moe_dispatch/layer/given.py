@@ -1,14 +1,17 @@
 """What one call of a layer is given: tokens, which of them are padding, and choices made elsewhere."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..layout.sharding import TokenSharding
 from ..plan.ids.format import ID_DTYPES
+from ..routing.sites import Tap
 from ..wire.local_tensors import problem_of_dtensors
+from .recompute import in_backward, is_hidden
 from .router import TopKRouter
+from .training_pass import is_metadata_pass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -48,6 +51,28 @@ class Given:
         if self.real_Bl is None:
             return of_tokens
         return of_tokens.masked_fill(~self.real_Bl.unsqueeze(-1), 0)
+
+    def or_replayed(self, tap: Tap, rank: int) -> "Given":
+        """With the experts of a record, where one is replayed.
+
+        Raises:
+            ValueError: what is wrong on this rank.
+        """
+        if not tap.sources or is_metadata_pass():
+            return self
+        if self.expert_BlK is not None:
+            raise ValueError("expert_BlK is given to a layer that replays a record; leave out one of the two")
+        if is_hidden() or in_backward():
+            raise ValueError(
+                "saved-tensor hooks between a checkpoint and this layer, e.g. save_on_cpu, hide which forward is "
+                "recomputed, so it could not be replayed again; put them around the checkpoint"
+            )
+        return replace(self, expert_BlK=tap.sources[-1].next(self.sharding, rank).to(self.x_BlD.device))
+
+    def show(self, tap: Tap, expert_BlK: Tensor, rank: int) -> None:
+        """What was chosen, to those who record or replay: once per forward."""
+        if tap.is_used and not in_backward() and not is_metadata_pass():
+            tap.show(expert_BlK, self.sharding, rank)
 
     def choices(self, router: TopKRouter, scores_BlE: Tensor) -> Tensor:
         """(b, l, K) int64: the given ids, or the router's; "no expert" (-1) at padding."""

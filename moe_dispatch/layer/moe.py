@@ -12,6 +12,7 @@ from ..layout.sharding import TokenSharding
 from ..plan.counted import Counted
 from ..plan.planner import Plan, Planner
 from ..plan.terms import Terms, check_experts
+from ..routing.sites import Site, Tap
 from ..rows.combine import combine
 from ..rows.dispatch import start_dispatch
 from ..wire.exchange import check_group
@@ -22,7 +23,7 @@ from .balance import sum_counts
 from .experts import GroupedExperts
 from .given import Given
 from .passed_on import passed_on
-from .recompute import ForwardMemory, in_backward
+from .recompute import ForwardMemory, ReentrantMemory, in_backward
 from .router import TopKRouter
 from .training_pass import only_learns_shapes
 from .wrapped import check_not_averaged, is_sharded
@@ -86,6 +87,8 @@ class MoE(nn.Module):
         self.report: Tensor
         self.register_buffer("report", planner.new_report(len(partition)), persistent=False)
         self._plans: ForwardMemory[Plan] = ForwardMemory()
+        self._chosen: ReentrantMemory[Tensor] = ReentrantMemory()
+        self._tap = Tap()
 
     @uncompiled("the rows of each batch would be another graph; compile what is around MoE layers")
     def forward(
@@ -100,7 +103,8 @@ class MoE(nn.Module):
 
         Three collectives forward and two backward; six and four with :class:`NodeGroups`. Inside
         ``torch.utils.checkpoint(use_reentrant=False)`` the recomputation takes the plan of its forward: tokens are
-        routed once. A reentrant one, or one with other saved-tensor hooks around the layer, routes them again.
+        routed once. A reentrant one plans again, with the experts of its forward. One with other saved-tensor hooks
+        around the layer routes them again.
 
         Args:
             x_BlD: (b, l, D), or (l, b, D), this rank's tokens.
@@ -182,6 +186,10 @@ class MoE(nn.Module):
         :class:`NodeGroups`, which no file takes."""
         return state_without_group(self)
 
+    def routing_site(self) -> Site:
+        """For :func:`record_routing` and :func:`replay_routing`."""
+        return Site(tap=self._tap, num_experts=self.partition.total, num_choices=self.router.top_k, group=self.group)
+
     @torch.no_grad()
     def update_bias(self, rate: float, group: dist.ProcessGroup) -> None:
         """Move the router's bias by the load since the last call, then count from 0. Call it once per optimizer step.
@@ -197,18 +205,27 @@ class MoE(nn.Module):
 
     @unseen_by_policies
     def _plan(self, scores_BlE: Tensor, given: Given, terms: Terms) -> Plan:
-        expert_BlK = given.choices(self.router, scores_BlE)
+        expert_BlK = self._chosen.recall(lambda: self._choose(scores_BlE, given, terms))
         in_step = not (self.training and only_learns_shapes())
         # Where a pass only learns shapes, NaN is nobody's mistake.
         in_range_BlK = expert_BlK.clamp(max=self.partition.total - 1)  # the plan refuses others, on every rank
         checked_BlK = self.router.weigh(scores_BlE, in_range_BlK) if in_step else None
         plan = self.planner.plan(expert_BlK, checked_BlK, terms, self.group)
+        given.show(self._tap, expert_BlK, self.group.rank())  # planned: every rank has taken the same forward
         plan.add_report(self.report)
         if self.training and in_step and not in_backward():
             count_E1 = self.load_E.new_zeros(len(self.load_E) + 1)  # first those of "no expert", id -1
             count_E1.scatter_add_(0, expert_BlK.flatten() + 1, torch.ones_like(expert_BlK).flatten())
             self.load_E += count_E1[1:]
         return plan
+
+    def _choose(self, scores_BlE: Tensor, given: Given, terms: Terms) -> Tensor:
+        """The experts of a forward: given, replayed, or the router's."""
+        try:
+            return given.or_replayed(self._tap, self.group.rank()).choices(self.router, scores_BlE)
+        except ValueError as error:
+            device = given.x_BlD.device
+            self.planner.refuse(str(error), terms, self.group, num_choices=self.router.top_k, device=device)
 
     def _terms(self, sharding: TokenSharding, dtype: torch.dtype | None = None, also: str = "") -> Terms:
         return Terms(sharding=sharding, experts=self.partition, dim=self.router.dim, dtype=dtype, also=also)

@@ -6,9 +6,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..wire.devices import device_of
 from ..wire.exchange import check_is_group
 from .copies import table_of_experts, with_gradient
-from .parameters import Parameters, device_of, is_on_mesh
+from .parameters import Parameters, is_on_mesh
 from .summable import why_not_summable
 from .tables import Table, compare_tables, facts_of
 

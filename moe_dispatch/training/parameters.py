@@ -4,13 +4,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeGuard
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parameter import is_lazy
 
 from ..layer.share import ExpertLayer, expert_layers
+from ..wire.devices import device_of
 from ..wire.local_tensors import is_dtensor
 
 
@@ -93,14 +93,6 @@ def no_values(name: str, tensor: Tensor) -> str:
         f"{name} has no values yet; give the model its values first, e.g. on meta to_empty(device=...) and "
         "reset_parameters(), or load_state_dict(..., assign=True)"
     )
-
-
-def device_of(group: dist.ProcessGroup) -> torch.device:
-    """One that ``group`` communicates on; the CPU where it can, so that nothing waits for the device."""
-    backend = dist.get_backend(group)
-    accelerator = torch.accelerator.current_accelerator()
-    on_cpu = backend in ("gloo", "mpi") or "cpu:" in backend
-    return torch.device("cpu") if on_cpu or accelerator is None else accelerator
 
 
 def within_reach(x: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from ..errors import DisagreementError
 from ..wire.agreement import BAD, Statement, who_says_what
+from ..wire.devices import device_of
 from ..wire.exchange import exchange_rows
-from .parameters import device_of
 
 NO_SUCH = "no such name"
 

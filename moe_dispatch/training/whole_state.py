@@ -9,9 +9,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..layer.share import ExpertLayer, expert_layers
+from ..wire.devices import device_of
 from ..wire.exchange import exchange_rows
 from .experts_state import experts_of_state
-from .parameters import device_of, is_on_mesh, no_values, within_reach
+from .parameters import is_on_mesh, no_values, within_reach
 from .tables import Table, compare_tables, from_every_rank
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moe_dispatch import (
     Partition,
+    RoutingRecord,
     StaticSizes,
     TokenSharding,
     agree,
@@ -24,6 +25,8 @@ from moe_dispatch import (
     place_tokens,
     plan_dispatch,
     plan_static,
+    record_routing,
+    replay_routing,
     sequence_balance_loss,
     share_of_state_dict,
     sum_gradients,
@@ -92,6 +95,19 @@ def training(rank: int, inside: Inside) -> list[Any]:
         whole = whole_state_dict(moe)
         share = share_of_state_dict(whole, moe)
     return [norm, *(weight.grad for weight in moe.parameters()), *whole.values(), *share.values()]
+
+
+def routing(rank: int, inside: Inside) -> list[Any]:
+    moe, x_BlD = CASE.layer(rank), CASE.shards(rank)[0]
+    with inside:
+        with record_routing(moe) as record:
+            moe(x_BlD, sharding=CASE.sharding)
+        whole = record.gather(world())
+        with replay_routing(moe, whole):
+            y_BlD, _ = moe(x_BlD, sharding=CASE.sharding)
+        made = RoutingRecord.of_experts({"": [CASE.sharding.tokens(0).view(2, 3, 1)]}, num_experts=20)
+    parts = [x for one in (record, whole, made) for x in one.layers[""]]
+    return [y_BlD, *(x.token_N for x in parts), *(x.expert_NK for x in parts)]
 
 
 def rows(rank: int, inside: Inside, kind: Any) -> list[Any]:
@@ -214,6 +230,7 @@ OPERATIONS: list[tuple[Callable[..., list[Any]], tuple[Any, ...]]] = [
     *((layer, (kind,)) for kind in KINDS),
     *((rows, (kind,)) for kind in KINDS),
     (training, ()),
+    (routing, ()),
     (regions, ()),
     *((attention, (options,)) for options in ATTENTION),
     (exchanges, ()),

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -13,7 +13,14 @@ from torch.utils.checkpoint import checkpoint
 
 from moe_dispatch import MoE, Partition, TokenSharding, TopKRouter
 from moe_dispatch.testing import RankPool, RankThreads
-from tests.support.dispatch.checkpoints import Run, is_empty, plainly, recomputed, recomputed_reentrantly
+from tests.support.dispatch.checkpoints import (
+    Run,
+    plainly,
+    recomputed,
+    recomputed_reentrantly,
+    remembers_nothing,
+    twice_reentrantly,
+)
 from tests.support.dispatch.moe import (
     DIM,
     Case,
@@ -86,7 +93,7 @@ def traced(rank: int, case: Case, run: Run, restless: bool = False) -> Traced:
     found = outcome(moe, x_BlD, results)
     del results
     return Traced(
-        outcome=found, forward=forward, backward=backward, chosen=len(calls), forgotten=is_empty(moe._plans)
+        outcome=found, forward=forward, backward=backward, chosen=len(calls), forgotten=remembers_nothing(moe)
     )
 
 
@@ -123,12 +130,18 @@ def test_a_recomputation_takes_the_plan_of_its_forward(case: Case, restless: boo
         assert other.chosen == restless
 
 
+@pytest.mark.parametrize("run", [recomputed_reentrantly, twice_reentrantly])
 @pytest.mark.parametrize("case", recompute_cases(), ids=str)
-def test_a_reentrant_recomputation_routes_again_to_the_same_result(case: Case, rank_pool: RankPool) -> None:
+def test_a_reentrant_recomputation_takes_the_experts_of_its_forward(
+    case: Case, run: Run, rank_pool: RankPool
+) -> None:
+    """Also one inside of another. It plans again, as its forward saw no gradients."""
     plain = rank_pool.run(traced, case.ranks, case, plainly)
-    again = rank_pool.run(traced, case.ranks, case, recomputed_reentrantly)
+    again = rank_pool.run(traced, case.ranks, case, run, True)
     for one, other in zip(plain, again, strict=True):
         assert_equal_outcomes(other.outcome, one.outcome, 0.0)  # with it the load, counted once
+        assert other.backward[:3] == ["routing", "rows", "rows"]
+        assert other.chosen == 1
         assert other.forgotten
 
 
@@ -210,8 +223,12 @@ class Block(nn.Module):
         return x_BlD
 
 
+def checkpointed(block: Block, x_BlD: Tensor, sharding: TokenSharding, reentrant: bool) -> Tensor:
+    return checkpoint(block, x_BlD, sharding, use_reentrant=reentrant)  # pyright: ignore[reportReturnType]
+
+
 def run_block(
-    rank: int, times: int, checkpointed: bool, backwards: int
+    rank: int, times: int, how: Literal["plain", "reentrant", "not reentrant"], backwards: int
 ) -> tuple[Tensor, dict[str, Tensor], int, bool]:
     """dx, gradients, choices made, and whether nothing is remembered."""
     case = Case(seq=(3, 0, 2), experts=(2, 0, 3))
@@ -224,22 +241,25 @@ def run_block(
         return (choose(scores_BlE) + len(calls)) % block.moe.router.num_experts
 
     block.moe.router.choose = answer
-    if checkpointed:
-        y_BlD: Tensor = checkpoint(block, x_BlD, case.sharding, use_reentrant=False)  # pyright: ignore[reportAssignmentType]
-    else:
+    if how == "plain":
         y_BlD = block(x_BlD, case.sharding)
+    else:
+        y_BlD = checkpointed(block, x_BlD, case.sharding, how == "reentrant")
     for backward in range(backwards):
         (y_BlD * pull_BlD).sum().backward(retain_graph=backward + 1 < backwards)
     assert x_BlD.grad is not None
     del y_BlD
-    return x_BlD.grad, gradients_of(block), len(calls), is_empty(block.moe._plans)
+    return x_BlD.grad, gradients_of(block), len(calls), remembers_nothing(block.moe)
 
 
+@pytest.mark.parametrize("how", ["reentrant", "not reentrant"])
 @pytest.mark.parametrize("backwards", [1, 2])
 @pytest.mark.parametrize("times", [1, 2, 3])
-def test_a_checkpointed_block_and_a_kept_graph(times: int, backwards: int, rank_threads: RankThreads) -> None:
-    plain = rank_threads.run(run_block, 3, times, False, 1)
-    again = rank_threads.run(run_block, 3, times, True, backwards)
+def test_a_checkpointed_block_and_a_kept_graph(
+    times: int, backwards: int, how: Literal["reentrant", "not reentrant"], rank_threads: RankThreads
+) -> None:
+    plain = rank_threads.run(run_block, 3, times, "plain", 1)
+    again = rank_threads.run(run_block, 3, times, how, backwards)
     for (dx_BlD, gradients, _, _), (got_dx_BlD, got, calls, forgotten) in zip(plain, again, strict=True):
         assert calls == times
         assert forgotten

@@ -28,6 +28,19 @@ def recomputed_reentrantly(moe: MoE, x_BlD: Tensor, sharding: TokenSharding) -> 
     return checkpoint(forward, x_BlD, use_reentrant=True)  # pyright: ignore[reportReturnType]
 
 
+def twice_reentrantly(moe: MoE, x_BlD: Tensor, sharding: TokenSharding) -> tuple[Tensor, Tensor]:
+    """A reentrant checkpoint inside of one."""
+
+    def forward(x_BlD: Tensor) -> tuple[Tensor, Tensor]:
+        return recomputed_reentrantly(moe, x_BlD, sharding)
+
+    return checkpoint(forward, x_BlD, use_reentrant=True)  # pyright: ignore[reportReturnType]
+
+
+def remembers_nothing(moe: MoE) -> bool:
+    return is_empty(moe._plans) and comes_true(lambda: not moe._chosen._made)
+
+
 def is_empty(memory: ForwardMemory[Any]) -> bool:
     """Soon: see ``comes_true``. No garbage has to be collected for it."""
     return comes_true(lambda: not memory._made and not memory._recalled)
