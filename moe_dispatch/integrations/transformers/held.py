@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ...layer.passed_on import passed_on
-from ...layer.recompute import ForwardMemory, in_backward
+from ...layer.recompute import ForwardMemory
 from ...layer.share import MARK, ExpertShare
 from ...layout.sharding import TokenSharding
 from ...plan.counted import Counted
@@ -34,20 +34,20 @@ class StepOfExperts(Protocol):
 
 
 class LayerAtHand:
-    """The step of a decoder layer while it runs: in its forward, and in a recomputation by a checkpoint around it,
-    which calls it with the same keywords. Nothing is left when it ends, so two forwards before a backward cannot be
-    mixed up."""
+    """The step of a decoder layer while it runs. Nothing is left when it ends, so two forwards before a backward
+    cannot be mixed up. A reentrant checkpoint recomputes the layer's ``forward`` without these hooks; there is no
+    step then, and ranks tell each other how many tokens they have, the dummy included."""
 
     def __init__(self) -> None:
-        self.is_running, self.step = False, None
+        self.step: StepOfExperts | None = None
 
     def enter(self, layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """A forward pre-hook."""
-        self.is_running, self.step = True, kwargs.get(STEP)
+        self.step = kwargs.get(STEP)
 
     def leave(self, layer: nn.Module, args: Any, output: Any) -> None:
         """A forward hook that is always called: a recomputation ends early, by an exception."""
-        self.is_running, self.step = False, None
+        self.step = None
 
 
 class HeldExperts(ExpertShare):
@@ -62,13 +62,7 @@ class HeldExperts(ExpertShare):
         self, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, of_any: bool
     ) -> tuple[DispatchMetadata, StepOfExperts | None]:
         """The plan of this call, and the step that it belongs to; a host sync or two."""
-        step: StepOfExperts | None = self.layer.step
-        if not self.layer.is_running and in_backward():
-            raise RuntimeError(
-                "a checkpoint recomputes experts without the decoder layer around them, so nobody knows whose tokens "
-                "these are; checkpoint whole layers (model.gradient_checkpointing_enable()), or pass "
-                "use_reentrant=False"
-            )
+        step = self.layer.step
         if step is None:
             sharding = gather_sharding(len(x_TD), device=x_TD.device, group=self.group)
         else:
