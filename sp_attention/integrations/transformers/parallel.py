@@ -34,8 +34,8 @@ class Parallel:
         self.mesh = build_mesh(dp=dp, sp=sp, ep=ep, device_type=device_type)
 
     def apply(self, model: nn.Module, *, experts: Partition | None = None) -> None:
-        """:func:`apply_sequence_parallel` and :func:`apply_expert_parallel`, in place. What refuses, refuses before
-        any expert is cut."""
+        """:func:`apply_sequence_parallel`, then :func:`moe_dispatch.integrations.transformers.apply_expert_parallel`,
+        in place. What refuses, refuses before any expert is cut."""
         apply_sequence_parallel(model, self.mesh)
         apply_expert_parallel(model, self.mesh, experts=experts)
 
