@@ -5,7 +5,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ...layer.passed_on import passed_on
 from ...layer.recompute import ForwardMemory
 from ...layer.share import MARK, ExpertShare
 from ...layout.sharding import TokenSharding
@@ -99,7 +98,7 @@ def experts_over_ranks(experts: Any, x_TD: Tensor, expert_TK: Tensor, weight_TK:
     shape = plan.local_shape[:2]
     x_MD, weight_M = dispatch(own_tokens(x_TD, shape, step), own_tokens(weight_TK, shape, step), plan)
     y_MD = compute(experts, x_MD, plan.rows_per_expert_e)
-    y_BlD = combine(passed_on(y_MD, weight_M) if of_any else y_MD, plan, weight_M)
+    y_BlD = combine(y_MD, plan, weight_M)
     fed = shape if step is None else step.fed_shape
     padding = (0, 0, 0, fed[1] - shape[1], 0, fed[0] - shape[0])
     return nn.functional.pad(y_BlD, padding).flatten(0, 1).to(x_TD.dtype)

@@ -57,7 +57,8 @@ def names_of_parameters(experts: Any) -> tuple[str, ...]:
 
 
 def compute(experts: Any, x_MD: Tensor, rows_per_expert_e: Tensor) -> Tensor:
-    """(M, D) what this rank's experts make of their rows, unweighted."""
+    """(M, D) what this rank's experts make of their rows, unweighted. Without rows or experts, too, it is computed
+    from both: a rank that leaves the graph would leave its peers waiting in backward."""
     up, down = names_of_parameters(experts)[:2]
     groups = RowGroups(rows_per_expert_e)
     h_MF = _product(experts, up, x_MD, groups)

@@ -29,6 +29,15 @@ DEEPSEEK: dict[str, Any] = {
     "qk_nope_head_dim": 16,
     "qk_rope_head_dim": 8,
     "v_head_dim": 12,
+    # Its factor is in the scale of attention, too, which is then no H ** -0.5.
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 16,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+    },
 }
 QWEN3: dict[str, Any] = {
     **COMMON,
