@@ -98,18 +98,19 @@ def test_float32_weights_stay_so_beside_bfloat16_rows(rank_threads: RankThreads)
         assert torch.equal(y_TD, one_TD * 2**-12)
 
 
-def idle_in_backward() -> bool:
-    """No row for the experts of rank 1, which frozen routers and embeddings leave nothing else to learn."""
+def idle_in_backward(tokens_learn: bool) -> bool:
+    """No row for the experts of rank 1."""
     model = new_model("mixtral", DTYPE)
     apply_expert_parallel(model, build_mesh(dp=2, ep=2, device_type="cpu"))
     experts = model.model.layers[0].mlp.experts
-    x_TD = torch.randn(3, 32, dtype=DTYPE, requires_grad=True)
+    x_TD = torch.randn(3, 32, dtype=DTYPE, requires_grad=tokens_learn)
     experts(x_TD, torch.tensor([[0, 1]] * 3), torch.ones(3, 2, dtype=DTYPE)).sum().backward()
-    return x_TD.grad is not None
+    return experts.down_proj.grad is not None
 
 
-def test_a_rank_without_rows_takes_part_in_backward(rank_threads: RankThreads) -> None:
-    assert rank_threads.run(idle_in_backward, 2) == [True, True]
+@pytest.mark.parametrize("tokens_learn", [True, False])
+def test_a_rank_without_rows_takes_part_in_backward(rank_threads: RankThreads, tokens_learn: bool) -> None:
+    assert rank_threads.run(idle_in_backward, 2, tokens_learn) == [True, True]
 
 
 def states(rank: int) -> list[bool]:
