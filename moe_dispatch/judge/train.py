@@ -10,12 +10,11 @@ from torch import Tensor, nn
 
 from .. import ParallelMesh, agree, build_mesh, check_replicated, gather_tokens
 from ..internals import check_is_group
+from ..routing.names import without_wrappers
 from ..wire.local_tensors import is_dtensor
 from .layout import Layout
 from .results import OnMesh, Reference, Settings, Training
 from .subject import Outcome, Subject
-
-WRAPPERS = ("module.", "_orig_mod.", "_checkpoint_wrapped_module.")  # of DDP, torch.compile and checkpoints
 
 
 def run_reference(
@@ -117,9 +116,15 @@ def train(
     return tuple(losses)
 
 
+def named_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """By the names of the model without its wrappers."""
+    modules = dict(model.named_modules())
+    return [(without_wrappers(name, modules), parameter) for name, parameter in model.named_parameters()]
+
+
 def problem_of_names(whole: nn.Module, share: nn.Module) -> str:
     """What is wrong with the names of the share's parameters; empty where they are those of the whole."""
-    wanted, got = ({plain_name(name) for name, _ in model.named_parameters()} for model in (whole, share))
+    wanted, got = ({name for name, _ in named_parameters(model)} for model in (whole, share))
     if got == wanted:
         return ""
     return (
@@ -132,20 +137,12 @@ def whole_gradients(subject: Subject, model: nn.Module, layout: Layout, mesh: Pa
     """Every parameter's whole gradient, in float64 on the CPU, on every rank; NaN where a parameter has none.
     Collective."""
     gradients = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in named_parameters(model):
         gradient = _gradient_or(torch.nan, parameter)
         if is_dtensor(gradient):
             gradient = _full(gradient)
-        plain = plain_name(name)
-        gradients[plain] = subject.whole_gradient(plain, gradient.detach(), layout, mesh).cpu().double()
+        gradients[name] = subject.whole_gradient(name, gradient.detach(), layout, mesh).cpu().double()
     return gradients
-
-
-def plain_name(name: str) -> str:
-    """A parameter's name without what wrappers add to it."""
-    for wrapper in WRAPPERS:
-        name = name.removeprefix(wrapper).replace(f".{wrapper}", ".")
-    return name
 
 
 def _full(gradient: Tensor) -> Tensor:

@@ -7,12 +7,10 @@ from typing import Any, Protocol, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from ..layout.sharding import TokenSharding
+from .names import without_wrappers
 
-# Parts of a name that a wrapper puts there: FSDP1, torch.compile, checkpoint_wrapper.
-OF_WRAPPERS = ("_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module")
 T = TypeVar("T")
 
 
@@ -102,20 +100,10 @@ def sites_of(model: nn.Module) -> dict[str, Site]:
         # Asked of the class: FSDP1 and torch.compile give the attributes of what they wrap.
         make_site = getattr(type(module), "routing_site", None)
         if make_site is not None:
-            sites[_without_wrappers(name, modules)] = make_site(module)
+            sites[without_wrappers(name, modules)] = make_site(module)
     if not sites:
         raise ValueError(
             f"no layer of this {type(model).__name__} chooses experts; pass the model that holds the MoE layers (a "
             "stage of a pipeline without any needs no record)"
         )
     return sites
-
-
-def _without_wrappers(name: str, modules: dict[str, nn.Module]) -> str:
-    parts, path = list[str](), ""
-    for part in name.split("."):
-        of_ddp = part == "module" and isinstance(modules[path], DistributedDataParallel)
-        if not of_ddp and part not in OF_WRAPPERS:
-            parts.append(part)
-        path = f"{path}.{part}" if path else part
-    return ".".join(parts)

@@ -10,6 +10,7 @@ from ...layer.share import MARK
 from ...layout.mesh import ParallelMesh
 from ...layout.partition import Partition
 from ...wire.agreement import agree
+from ...wire.exchange import check_is_group
 from .held import NAME, HeldExperts, LayerAtHand, experts_over_ranks
 from .interface import ALL_EXPERTS_FUNCTIONS
 from .layout import is_experts, names_of_parameters, problem_of_layout
@@ -43,7 +44,7 @@ def apply_expert_parallel(model: nn.Module, mesh: ParallelMesh, *, experts: Part
     layers = {place: module for place, module in model.named_modules() if is_experts(module)}
     problem = _problem(model, layers, experts, group)
     facts = "; ".join(_facts(place, module, experts) for place, module in layers.items())
-    agree(f"{type(model).__name__}: {facts}", problem=problem, device=device, group=_everyone())
+    agree(f"{type(model).__name__}: {facts}", problem=problem, device=device, group=check_is_group(dist.group.WORLD))
     of_old: dict[int, nn.Parameter] = {}  # a tensor that two layers share stays one
     at_hand: dict[str, LayerAtHand] = {}
     for place, module in layers.items():
@@ -56,12 +57,6 @@ def apply_expert_parallel(model: nn.Module, mesh: ParallelMesh, *, experts: Part
     ALL_EXPERTS_FUNCTIONS.register(NAME, experts_over_ranks)
     model.set_experts_implementation(NAME)  # pyright: ignore[reportCallIssue]
     model.register_forward_pre_hook(_check_implementation)
-
-
-def _everyone() -> dist.ProcessGroup:
-    group = dist.group.WORLD
-    assert group is not None, "a mesh has a default process group"
-    return group
 
 
 def _total(experts: Any) -> int:

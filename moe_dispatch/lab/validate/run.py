@@ -4,6 +4,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 
 import torch
 import torch.distributed as dist
@@ -41,10 +42,7 @@ def run_row(
     subject = row.source.load()
     with mutated(mutant) as ran, first_plan() as plan, quiet():
         found = run_on_mesh(subject, row.layout, getattr(torch, dtype), token_SBL, settings_of(config))
-    limits = config.tolerance[dtype]
-    tolerance = Tolerance(
-        logits=limits.logits, loss=limits.loss, gradients=limits.gradients, loss_curve=limits.loss_curve
-    )
+    tolerance = Tolerance(**asdict(config.tolerance[dtype]))
     differences = compare(found.training, reference, tolerance)
     return RowResult(
         name=row.name,

@@ -2,10 +2,10 @@
 
 import hashlib
 import importlib
-import importlib.util
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -133,12 +133,10 @@ def _module_of_file(path: Path, spec: str) -> ModuleType:
         return sys.modules[name]
     if not path.is_file():
         raise ValueError(f"--subject {spec}: there is no file {path}; it has to be {FORM}")
-    found = importlib.util.spec_from_file_location(name, path)
-    assert found is not None, "a .py file has a spec"
-    assert found.loader is not None
-    module = sys.modules[name] = importlib.util.module_from_spec(found)
+    module = sys.modules[name] = ModuleType(name)
+    module.__file__ = str(path)
     try:
-        found.loader.exec_module(module)
+        SourceFileLoader(name, str(path)).exec_module(module)
     except Exception as error:
         del sys.modules[name]
         raise ValueError(f"--subject {spec}: {path} cannot be imported ({type(error).__name__}: {error})") from error

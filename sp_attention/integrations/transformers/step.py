@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_dispatch import ParallelMesh, Partition, TokenSharding, agree, gather_tokens
+from moe_dispatch.internals import check_is_group
 
 from ...batch.batch import Batch
 from ...batch.shard import fingerprint
@@ -129,9 +130,7 @@ def gather_sequence(x_BlD: Tensor, step: Step) -> Tensor:
 
 def everyone() -> dist.ProcessGroup:
     """All ranks: those of the mesh."""
-    group = dist.group.WORLD
-    assert group is not None, "a mesh has a default process group"
-    return group
+    return check_is_group(dist.group.WORLD)
 
 
 def _fed(step: Step) -> Step:
@@ -164,12 +163,13 @@ def _problem(batch: Mapping[str, Tensor], mesh: ParallelMesh, lengths: Sequence[
 def _rows(batch: Mapping[str, Tensor], first: int, size: int) -> Batch:
     """The rows of one "dp" rank."""
 
+    tokens_BL = batch["input_ids"].narrow(0, first, size)
+
     def of_rows(name: str) -> Tensor | None:
         x_BL = batch.get(name)
         return None if x_BL is None else x_BL.expand(batch["input_ids"].shape).narrow(0, first, size)
 
-    tokens_BL, target_BL, mask_BL = of_rows("input_ids"), of_rows("shift_labels"), of_rows("attention_mask")
-    assert tokens_BL is not None, "checked before"
+    target_BL, mask_BL = of_rows("shift_labels"), of_rows("attention_mask")
     if target_BL is None:
         label_BL = of_rows("labels")
         target_BL = F.pad(tokens_BL if label_BL is None else label_BL, (0, 1), value=IGNORED)[:, 1:]

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from moe_dispatch import MoE, RoutingRecord, TokenSharding, leave_experts_to_ranks, record_routing, replay_routing
 from moe_dispatch.testing import RankPool, RankThreads
-from tests.support.dispatch.moe import Case
+from tests.support.dispatch.moe import Case, Stage
 from tests.support.ranks import refusal, world
 from tests.support.routing.stack import NAMES, Stack, move, run_forwards, stack_of
 
@@ -171,17 +171,6 @@ def test_a_model_without_layers_is_refused() -> None:
     assert refusal(lambda: replay_routing(nn.Linear(2, 2), RoutingRecord({})).__enter__()) == text
 
 
-class Block(nn.Module):
-    """A stage."""
-
-    def __init__(self, moe: MoE) -> None:
-        super().__init__()
-        self.moe = moe
-
-    def forward(self, x_BlD: Tensor, sharding: TokenSharding) -> Tensor:
-        return x_BlD + self.moe(x_BlD, sharding=sharding)[0]
-
-
 def in_a_pipeline(rank: int) -> tuple[int, int, bool]:
     """Forwards that were recorded and replayed by a stage, with the pass that learns shapes: two of two microbatches;
     and whether the replay chose what was recorded."""
@@ -192,13 +181,13 @@ def in_a_pipeline(rank: int) -> tuple[int, int, bool]:
     number, seat = (0, rank) if rank < 2 else (1, rank - 2)
     moe = CASE.layer(seat, group=groups[number])  # pyright: ignore[reportArgumentType]
 
-    def step(block: Block) -> None:
+    def step(block: Stage) -> None:
         stage = PipelineStage(block, number, 2, torch.device("cpu"), group=columns[seat])  # pyright: ignore
         schedule = ScheduleGPipe(stage, 2, loss_fn=lambda y, target: (y * target).sum())
         x_BlD = place.shard(torch.randn(2, 5, 8, dtype=torch.float64), seat).contiguous()
         schedule.step(*([] if number else [x_BlD]), target=x_BlD if number else None, sharding=micro)
 
-    block = Block(moe)
+    block = Stage(moe)
     with record_routing(block) as record:
         step(block)
     torch.manual_seed(1)  # other tokens

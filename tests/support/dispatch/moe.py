@@ -235,3 +235,14 @@ CASES = [
     Case(seq=(3, 0), batch=(1, 2), experts=(0, 0, 5, 1), score="softmax", normalize=False, top_k=4),
     Case(seq=(1, 1, 1, 0), experts=(1, 1, 1, 1), order="LB", batch=(1,), top_k=4),
 ]
+
+
+class Stage(nn.Module):
+    """Of a pipeline."""
+
+    def __init__(self, moe: MoE) -> None:
+        super().__init__()
+        self.moe = moe
+
+    def forward(self, x_BlD: Tensor, sharding: TokenSharding) -> Tensor:
+        return x_BlD + self.moe(x_BlD, sharding=sharding)[0]

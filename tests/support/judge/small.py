@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from moe_dispatch import (
     GroupedExperts,
@@ -50,6 +51,7 @@ class Small:
 
     mistake: str = ""
     order: str = "BL"
+    is_wrapped: bool = False
 
     def whole(self, layout: Layout) -> Model:
         with torch.random.fork_rng(devices=[]):
@@ -65,6 +67,8 @@ class Small:
         model.load_state_dict(share_of_state_dict(whole.state_dict(), model))
         if self.mistake == "another parameter" and dist.get_rank() == 2:
             model.register_parameter("extra", nn.Parameter(torch.zeros(1)))
+        if self.is_wrapped:
+            model.moe = checkpoint_wrapper(model.moe)
         return model
 
     def step_whole(self, model: nn.Module, token_BL: Tensor, layout: Layout) -> Outcome:
@@ -96,7 +100,7 @@ class Small:
 
     def _sum(self, model: nn.Module, mesh: ParallelMesh) -> None:
         sum_gradients(model, group=world(), expert_group=mesh.expert.get_group("edp"))
-        experts = model.get_submodule("moe.experts").parameters()
+        experts = [parameter for name, parameter in model.named_parameters() if "experts" in name]
         if self.mistake == "averaged":
             of_experts = {id(parameter) for parameter in experts}
             for parameter in model.parameters():

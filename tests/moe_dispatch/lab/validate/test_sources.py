@@ -48,7 +48,7 @@ def test_the_subject_of_the_documentation_agrees(rank_pool: RankPool) -> None:
         assert row.words == ()
         assert not row.mutant_ran
         worst = max(difference.value for difference in row.differences)
-        assert worst < (1e-14 if row.dtype == "float64" else 5e-6)  # measured: 9e-16 and 5e-7
+        assert worst < (9e-15 if row.dtype == "float64" else 5e-6)  # measured: 9e-16 and 5e-7
         assert sum(map(sum, row.rows_sent_PP)) > 0
 
 

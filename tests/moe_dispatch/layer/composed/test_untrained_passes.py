@@ -3,12 +3,12 @@
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 
 from moe_dispatch import GroupedExperts, MoE, Partition, StaticSizes, TokenSharding, TopKRouter
 from moe_dispatch.testing import RankPool, RankThreads
 from tests.support.dispatch.checkpoints import recomputed_reentrantly
+from tests.support.dispatch.moe import Stage
 from tests.support.ranks import world
 
 SHARDING = TokenSharding(batch=1, seq=Partition((4, 4)))
@@ -75,15 +75,6 @@ def test_a_pass_without_gradients_counts_nothing(rank_threads: RankThreads) -> N
     assert rank_threads.run(counts, 2) == [[0, 8]] * 2
 
 
-class Block(nn.Module):
-    def __init__(self, moe: MoE) -> None:
-        super().__init__()
-        self.moe = moe
-
-    def forward(self, x_BlD: Tensor, sharding: TokenSharding) -> Tensor:
-        return x_BlD + self.moe(x_BlD, sharding=sharding)[0]
-
-
 def two_stages(rank: int, schedule: type[ScheduleGPipe] | type[Schedule1F1B], nan: bool) -> int:
     """Choices that were counted by both ranks of a stage in one step of four microbatches."""
     expert_groups = [dist.new_group(ranks) for ranks in ([0, 1], [2, 3])]
@@ -94,7 +85,7 @@ def two_stages(rank: int, schedule: type[ScheduleGPipe] | type[Schedule1F1B], na
     assert isinstance(group, dist.ProcessGroup)
     assert isinstance(column, dist.ProcessGroup)
     moe = MoE(router=router, experts=experts, partition=Partition((4, 4)), group=group)
-    stage = PipelineStage(Block(moe), number, 2, torch.device("cpu"), group=column)
+    stage = PipelineStage(Stage(moe), number, 2, torch.device("cpu"), group=column)
     step = schedule(stage, 4, loss_fn=lambda y, target: (y * target).sum()).step
     whole, micro = (TokenSharding(batch=batch, seq=Partition((3, 2))) for batch in (4, 1))
     x_BlD = whole.shard(torch.randn(4, 5, 16), place).contiguous()
