@@ -3,34 +3,29 @@
 ``python -m moe_dispatch validate --subject examples/subject.py:MySubject`` compares it with one process.
 """
 
-from functools import partial
+from copy import deepcopy
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from moe_dispatch import GroupedExperts, MoE, Partition, TokenSharding, TopKRouter, share_of_state_dict
+from moe_dispatch import GroupedExperts, TokenSharding, TopKRouter
 from moe_dispatch.reference import ReferenceMoE
 from moe_dispatch.testing import Outcome
-from sp_attention import Batch, UlyssesAttention, mean_cross_entropy, shard_batch
-from sp_attention.reference import reference_attention
+from sp_attention import Batch, Parallel
+from sp_attention.reference import ReferenceAttention
 
 D, F_, E = 32, 48, 8
 
 
-def router():
-    return TopKRouter(D, E, top_k=2, score="sigmoid")
-
-
 class Model(nn.Module):
-    def __init__(self, attention, moe):
+    def __init__(self):
         super().__init__()
         self.token, self.position = nn.Embedding(256, D), nn.Embedding(64, D)
         self.qkv, self.out, self.head = nn.Linear(D, 3 * D), nn.Linear(D, D), nn.Linear(D, 256)
-        self.attention, self.moe = attention, moe
+        self.attention = ReferenceAttention(is_causal=True)
+        self.moe = ReferenceMoE(router=TopKRouter(D, E, top_k=2, score="sigmoid"), experts=GroupedExperts(E, D, F_))
 
     def forward(self, token_Bl, position_Bl, of_attention, of_moe):
         x_BlD = self.token(token_Bl) + self.position(position_Bl)
@@ -42,21 +37,12 @@ class Model(nn.Module):
 class MySubject:
     def whole(self, layout):
         torch.manual_seed(0)
-        moe = ReferenceMoE(router=router(), experts=GroupedExperts(E, D, F_))
-        return Model(partial(reference_attention, is_causal=True), moe)
+        return Model()
 
     def share(self, whole, layout, mesh):
-        sp, ep, all_ranks = mesh.dense.get_group("sp"), mesh.expert.get_group("ep"), (dist.get_world_size(),)
-        parts = Partition.balanced(E, ep.size())
-        mine = GroupedExperts(parts.sizes[ep.rank()], D, F_)
-        moe = MoE(router=router(), experts=mine, partition=parts, group=ep)
-        model = Model(UlyssesAttention(group=sp, is_causal=True), moe).to(whole.head.weight.dtype)
-        model.load_state_dict(share_of_state_dict(whole.state_dict(), model))
-        fully_shard(mine, mesh=mesh.expert["edp"])
-        fully_shard(model, mesh=init_device_mesh(mesh.dense.device_type, all_ranks))
-        for module in filter(lambda module: isinstance(module, FSDPModule), model.modules()):
-            module.set_gradient_divide_factor(1.0)  # each rank's loss is a share: gradients are summed
-            module.set_force_sum_reduction_for_comms(True)
+        model = deepcopy(whole)
+        Parallel.on(mesh).apply(model)  # each rank keeps its experts; attention goes over "sp"
+        Parallel.on(mesh).fully_shard(model)
         return model
 
     def step_whole(self, model, token_BL, layout):
@@ -66,15 +52,11 @@ class MySubject:
         return Outcome(logits_BlV=logits_BLV, loss=loss, tokens=TokenSharding(batch=layout.batch, seq=layout.seq))
 
     def step_share(self, model, token_BL, layout, mesh):
-        rows, places = Partition.balanced(layout.batch, layout.dp), Partition.balanced(layout.seq, layout.sp)
-        token_bL = token_BL.split(rows.sizes)[mesh.dense["dp"].get_local_rank()]
-        mine, tokens = TokenSharding(batch=len(token_bL), seq=places), TokenSharding(batch=rows, seq=places)
-        batch = shard_batch(Batch(token_BL=token_bL), sharding=mine, group=mesh.dense.get_group("sp"))
-        of_moe = {"sharding": tokens.select(mesh.ep_ranks)}
-        logits_blV = model(batch.token_Bl, batch.position_Bl, batch.attention, of_moe)
-        loss = mean_cross_entropy(logits_blV, batch.target_Bl, group=dist.group.WORLD).share
+        part = Parallel.on(mesh).shard(Batch(token_BL=token_BL))
+        logits_BlV = model(part.batch.token_Bl, part.batch.position_Bl, part.attention, part.moe)
+        loss = Parallel.on(mesh).loss(logits_BlV, part).share
         loss.backward()
-        return Outcome(logits_BlV=logits_blV, loss=loss, tokens=tokens)
+        return Outcome(logits_BlV=logits_BlV, loss=loss, tokens=part.sharding)
 
     def whole_gradient(self, name, gradient, layout, mesh):
         if "experts" not in name:

@@ -1,5 +1,6 @@
 """What ``sp_attention`` builds on besides the public names: the one door between the two packages. Not for users."""
 
+from .layer.share import expert_layers
 from .wire.agreement import BAD, Statement, digest
 from .wire.autocast import cast_to_autocast, without_autocast
 from .wire.exchange import check_group, check_is_group, start_exchange
@@ -15,6 +16,7 @@ __all__ = [
     "check_is_group",
     "copy_in_group",
     "digest",
+    "expert_layers",
     "is_dtensor",
     "problem_of_dtensors",
     "refuse_dtensors",

@@ -16,11 +16,15 @@ from .batch.loss import MeanLoss, count_targets, mean_cross_entropy, mean_loss
 from .batch.shard import shard_batch
 from .call.module import UlyssesAttention
 from .call.ulysses import ulysses_attention
+from .parallel.mesh_batch import MeshBatch
+from .parallel.parallel import Parallel
 from .wire.exchange import heads_from_tokens, tokens_from_heads
 
 __all__ = [
     "Batch",
     "MeanLoss",
+    "MeshBatch",
+    "Parallel",
     "ShardedBatch",
     "UlyssesAttention",
     "count_targets",

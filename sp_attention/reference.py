@@ -3,8 +3,33 @@
 It shares no code with the rest of the package. What may attend to what is decided one (query, key) pair at a time.
 """
 
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+
+class ReferenceAttention(nn.Module):
+    """``reference_attention`` as a module: what :class:`sp_attention.UlyssesAttention` is to one process.
+
+    Args:
+        is_causal, window, scale: as there.
+    """
+
+    def __init__(
+        self, *, is_causal: bool = False, window: tuple[int, int] | None = None, scale: float | None = None
+    ) -> None:
+        super().__init__()
+        self.is_causal, self.window, self.scale = is_causal, window, scale
+
+    def forward(self, q_BLNH: Tensor, k_BLGH: Tensor, v_BLGH: Tensor, **options: Any) -> Tensor:
+        """Masks, documents and sinks by the names of ``reference_attention``."""
+        return reference_attention(
+            q_BLNH, k_BLGH, v_BLGH, is_causal=self.is_causal, window=self.window, scale=self.scale, **options
+        )
+
+    def extra_repr(self) -> str:
+        return f"is_causal={self.is_causal}, window={self.window}, scale={self.scale}"
 
 
 def reference_attention(

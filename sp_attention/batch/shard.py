@@ -4,7 +4,9 @@ Everything about a token is cut once, by one sharding. What attention needs of t
 documents, stays whole.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,6 +24,7 @@ from .checks import check_shapes, check_types, device_of
 from .labels import default_positions, document_of_place, documents_of, shift_labels
 from .masks import BatchMask
 
+PartT = TypeVar("PartT")
 LONGEST_FACT = 100  # characters: then the facts of all fit in one sentence between ranks
 
 
@@ -42,14 +45,23 @@ def shard_batch(batch: Batch, *, sharding: TokenSharding, group: dist.ProcessGro
             mask, or names, shapes, dtypes or bits of fields.
     """
     check_is_group(group)
-    facts, problem, cause = "", "", None
-    parts: list[ShardedBatch] = []  # one, unless there is a problem
-    try:
+
+    def cut() -> tuple[str, ShardedBatch]:
         check_types(batch)
         check_sharding(sharding, group)
         completed = CompletedBatch.of(batch, sharding)
-        facts = completed.facts(batch, sharding)
-        parts = [completed.part(batch, sharding, group.rank())]
+        return completed.facts(batch, sharding), completed.part(batch, sharding, group.rank())
+
+    return agreed_by_ranks(cut, batch, group)
+
+
+def agreed_by_ranks(cut: Callable[[], tuple[str, PartT]], batch: Batch, group: dist.ProcessGroup) -> PartT:
+    """The part that ``cut`` makes, if no rank fails to, and the facts that it tells are those of all ranks."""
+    facts, problem, cause = "", "", None
+    parts: list[PartT] = []  # one, unless there is a problem
+    try:
+        facts, part = cut()
+        parts = [part]
     except ValueError as error:
         problem = str(error)
     except Exception as error:  # whatever it is, the peers wait for a word about it

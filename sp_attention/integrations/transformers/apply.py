@@ -7,9 +7,10 @@ import torch
 
 from moe_dispatch import ParallelMesh, agree
 
+from ...parallel.on_mesh import everyone
 from .asked import keeps_documents_apart
 from .attention import NAME, NAME_APART, NO_STEP, register
-from .step import Step, everyone
+from .step import Step
 
 LAYERS = ("full_attention", "sliding_attention")
 

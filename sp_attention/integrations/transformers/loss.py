@@ -8,7 +8,8 @@ from torch import Tensor
 from moe_dispatch.integrations.transformers import global_aux_loss
 
 from ...batch.loss import MeanLoss, mean_cross_entropy
-from .step import IGNORED, Step, everyone
+from ...parallel.on_mesh import everyone
+from .step import IGNORED, Step
 
 
 def causal_lm_loss(model: Any, out: Any, step: Step, *, num_targets: int | Tensor | None = None) -> MeanLoss:

@@ -5,16 +5,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from moe_dispatch import ParallelMesh, Partition, build_mesh, clip_grad_norm, sum_gradients
+from moe_dispatch import Partition
 from moe_dispatch.integrations.transformers import apply_expert_parallel
 
 from ...batch.loss import MeanLoss
+from ...parallel.on_mesh import OnMesh
 from .apply import apply_sequence_parallel
 from .loss import causal_lm_loss
-from .step import Step, everyone, gather_sequence, shard_batch
+from .step import Step, gather_sequence, shard_batch
 
 
-class Parallel:
+class Parallel(OnMesh):
     """Data, sequence and expert parallelism of Transformers' models. It knows a mesh, and neither a model nor a
     batch: so one serves several models, and several microbatches at once. Every rank makes one; collective.
 
@@ -28,10 +29,8 @@ class Parallel:
         ValueError: an impossible mesh.
     """
 
-    mesh: ParallelMesh
-
     def __init__(self, *, dp: int = 1, sp: int = 1, ep: int = 1, device_type: str) -> None:
-        self.mesh = build_mesh(dp=dp, sp=sp, ep=ep, device_type=device_type)
+        super().__init__(dp=dp, sp=sp, ep=ep, device_type=device_type)
 
     def apply(self, model: nn.Module, *, experts: Partition | None = None) -> None:
         """:func:`apply_sequence_parallel`, then :func:`moe_dispatch.integrations.transformers.apply_expert_parallel`,
@@ -50,11 +49,3 @@ class Parallel:
     def gather(self, x_BlD: Tensor, step: Step) -> Tensor:
         """:func:`gather_sequence`."""
         return gather_sequence(x_BlD, step)
-
-    def sum_gradients(self, model: nn.Module) -> None:
-        """:func:`moe_dispatch.sum_gradients` over all ranks, of experts over those that hold the same ones."""
-        sum_gradients(model, group=everyone(), expert_group=self.mesh.expert.get_group("edp"))
-
-    def clip_grad_norm(self, model: nn.Module, max_norm: float) -> Tensor:
-        """:func:`moe_dispatch.clip_grad_norm`, after :meth:`sum_gradients`."""
-        return clip_grad_norm(model, max_norm)

@@ -5,16 +5,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from moe_dispatch import ParallelMesh, Partition, TokenSharding, agree, gather_tokens
-from moe_dispatch.internals import check_is_group
 
 from ...batch.batch import Batch
 from ...batch.shard import fingerprint
 from ...batch.shard import shard_batch as shard_rows
+from ...parallel.on_mesh import everyone
 
 IGNORED = -100  # the label that Transformers counts nowhere
 TENSORS = ("input_ids", "labels", "shift_labels", "attention_mask", "position_ids")
@@ -126,11 +125,6 @@ def gather_sequence(x_BlD: Tensor, step: Step) -> Tensor:
             "model gave for them, e.g. out.logits"
         )
     return gather_tokens(step.own(x_BlD), sharding=step.sharding, group=everyone())
-
-
-def everyone() -> dist.ProcessGroup:
-    """All ranks: those of the mesh."""
-    return check_is_group(dist.group.WORLD)
 
 
 def _fed(step: Step) -> Step:

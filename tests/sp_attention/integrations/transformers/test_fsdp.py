@@ -7,8 +7,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from moe_dispatch.testing import RankPool
@@ -21,17 +19,9 @@ DTYPE = torch.float32
 
 
 def sharded(model: torch.nn.Module, parallel: Parallel) -> None:
-    everyone = init_device_mesh("cpu", (dist.get_world_size(),))
     for layer in model.get_submodule("model.layers").children():
-        for module in layer.modules():
-            if hasattr(module, "experts_of_ranks"):
-                fully_shard(module, mesh=parallel.mesh.expert["edp"])
-        fully_shard(layer, mesh=everyone)
-    fully_shard(model, mesh=everyone)
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
+        parallel.fully_shard(layer)
+    parallel.fully_shard(model)
 
 
 def whole(gradient: Tensor, is_of_experts: bool, parallel: Parallel) -> Tensor:

@@ -1,0 +1,1 @@
+"""The calls of a training step over a whole mesh, in one object."""

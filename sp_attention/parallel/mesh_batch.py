@@ -1,0 +1,99 @@
+"""A batch cut over all ranks of a mesh: rows over "dp", the sequence over "sp", and then over "tp"."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from moe_dispatch import ParallelMesh, Partition, TokenSharding
+
+from ..batch.batch import Batch, ShardedBatch
+from ..batch.checks import check_types
+from ..batch.shard import CompletedBatch, agreed_by_ranks
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class MeshBatch:
+    """This rank's part of a batch, and what each kind of layer has to know of the rest.
+
+    Attributes:
+        batch: this rank's (b, l) tokens, targets, positions, padding and fields.
+        sharding: the (B, L) grid over all ranks of the mesh.
+        attention: keyword arguments of :func:`ulysses_attention` over the "sp" group.
+        moe: keyword arguments of :class:`moe_dispatch.MoE` over the "ep" group.
+        region: the tokens of this rank's "sp" rank over its "tp" ranks: what ``gather_tokens`` and ``place_tokens``
+            of the "tp" group need around a tensor-parallel region. Without "tp", this rank's own.
+    """
+
+    batch: ShardedBatch
+    sharding: TokenSharding
+    attention: Mapping[str, Any]
+    moe: Mapping[str, Any]
+    region: TokenSharding
+
+
+def shard_over_mesh(
+    batch: Batch, mesh: ParallelMesh, lengths: Sequence[int] | None, group: dist.ProcessGroup
+) -> MeshBatch:
+    """See :meth:`Parallel.shard`."""
+
+    def cut() -> tuple[str, MeshBatch]:
+        check_types(batch)
+        if batch.token_BL.ndim != 2:
+            raise ValueError(f"token_BL is {tuple(batch.token_BL.shape)}; it has to be (B, L)")
+        grid = _grid(batch, mesh, lengths)
+        whole = TokenSharding(batch=grid.batch.total, seq=grid.seq.total)
+        return CompletedBatch.of(batch, whole).facts(batch, grid), _part(batch, mesh, grid)
+
+    return agreed_by_ranks(cut, batch, group)
+
+
+def _grid(batch: Batch, mesh: ParallelMesh, lengths: Sequence[int] | None) -> TokenSharding:
+    rows, length = batch.token_BL.shape
+    dp, sp, tp = mesh.dense.shape
+    regions = Partition.balanced(length, sp) if lengths is None else Partition(tuple(lengths))
+    if (len(regions), regions.total) != (sp, length):
+        raise ValueError(
+            f"lengths {regions.sizes} for a sequence of {length} over sp = {sp}; give each rank of sp a length, 0 "
+            "too, which add up to that"
+        )
+    places = (size for region in regions.sizes for size in Partition.balanced(region, tp).sizes)
+    return TokenSharding(batch=Partition.balanced(rows, dp), seq=Partition(tuple(places)))
+
+
+def _part(batch: Batch, mesh: ParallelMesh, grid: TokenSharding) -> MeshBatch:
+    piece, sp_rank, tp_rank = (mesh.dense.get_local_rank(name) for name in ("dp", "sp", "tp"))
+    _, sp, tp = mesh.dense.shape
+    mine = _rows(batch, grid.batch.offsets[piece], grid.batch.sizes[piece])
+    rows = TokenSharding(batch=grid.batch.sizes[piece], seq=grid.seq)
+    sharded = CompletedBatch.of(mine, rows).part(mine, rows, sp_rank * tp + tp_rank)
+    pieces = [grid.seq.sizes[i * tp : (i + 1) * tp] for i in range(sp)]
+    regions = TokenSharding(batch=rows.batch, seq=Partition(tuple(map(sum, pieces))))
+    return MeshBatch(
+        batch=sharded,
+        sharding=grid,
+        attention={**sharded.attention, "sharding": regions},
+        moe={"sharding": grid.select(mesh.ep_ranks), "real_Bl": sharded.real_Bl},
+        region=TokenSharding(batch=rows.batch, seq=Partition(pieces[sp_rank])),
+    )
+
+
+def _rows(batch: Batch, first: int, size: int) -> Batch:
+    """The rows of one "dp" rank."""
+
+    def of(x_BL: Tensor | None, dim: int = 0) -> Tensor | None:
+        return None if x_BL is None else x_BL.narrow(dim, first, size)
+
+    mask, position_BL = batch.attention_mask, batch.position_BL
+    is_for_all = mask is not None and mask.ndim == 4 and len(mask) == 1
+    return replace(
+        batch,
+        token_BL=batch.token_BL.narrow(0, first, size),
+        target_BL=of(batch.target_BL),
+        loss_mask_BL=of(batch.loss_mask_BL),
+        position_BL=None if position_BL is None else of(position_BL, position_BL.ndim - 2),
+        attention_mask=mask if is_for_all else of(mask),
+        fields={name: x_BL.narrow(0, first, size) for name, x_BL in batch.fields.items()},
+    )
