@@ -1,5 +1,12 @@
 """Settings of `make docs`: everything is read from the tree, nothing from the network."""
 
+import sys
+from importlib import import_module
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import_module("tests.support.torchtitan")  # it has a stand-in for what torchtitan has for GPUs only
+
 project = "moe-dispatch"
 html_title = "moe-dispatch"
 html_theme = "furo"

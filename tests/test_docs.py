@@ -92,8 +92,10 @@ def test_the_index_names_every_page() -> None:
 
 
 def test_every_public_name_is_in_the_reference_once() -> None:
+    importlib.import_module("tests.support.torchtitan")  # before it is imported
     pages = {
         "moe_dispatch": [moe_dispatch],
+        "torchtitan": [importlib.import_module("moe_dispatch.integrations.torchtitan")],
         "testing": [moe_dispatch.testing],
         "sp_attention": [sp_attention],
         "transformers": [moe_dispatch.integrations.transformers, sp_attention.integrations.transformers],

@@ -117,11 +117,15 @@ def test_no_test_module_imports_another(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_transformers_is_imported_in_its_two_rooms(name: str) -> None:
-    rooms = "moe_dispatch/integrations/transformers/", "sp_attention/integrations/transformers/"
-    assert name.startswith(rooms) or not any(
-        module.split(".")[0] == "transformers" or ".integrations" in module for module in imports(FILES[name])
-    )
+def test_others_are_imported_in_the_rooms_of_their_slots(name: str) -> None:
+    rooms = {
+        "transformers": ("moe_dispatch/integrations/transformers/", "sp_attention/integrations/transformers/"),
+        "torchtitan": ("moe_dispatch/integrations/torchtitan/",),
+    }
+    for other, of_other in rooms.items():
+        assert name.startswith(of_other) or not any(module.split(".")[0] == other for module in imports(FILES[name]))
+    of_any = sum(rooms.values(), ())
+    assert name.startswith(of_any) or not any(".integrations" in module for module in imports(FILES[name]))
 
 
 def test_importing_does_no_work() -> None:
@@ -131,7 +135,7 @@ import torch
 already = set(sys.modules)
 import moe_dispatch
 wanted = {"pydantic", "rich", "matplotlib", "pytest", "triton", "safetensors", "sp_attention", "moe_dispatch.testing"}
-wanted |= {"torch.distributed.tensor", "transformers"}
+wanted |= {"torch.distributed.tensor", "transformers", "torchtitan"}
 print(sorted(wanted & (set(sys.modules) - already)))
 print(torch.cuda.is_initialized(), torch.distributed.is_initialized())
 print([name for name in moe_dispatch.__all__ if not hasattr(moe_dispatch, name)])

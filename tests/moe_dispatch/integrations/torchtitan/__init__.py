@@ -1,0 +1,1 @@
+import tests.support.torchtitan  # noqa: F401  (before the tests here import torchtitan, on ranks too)
