@@ -145,22 +145,31 @@ def _traffic(counts: Counts) -> Traffic:
 
 
 def time_in_turns(runs: Mapping[str, Run | Floor], repeat: int) -> dict[str, list[tuple[float, float]]]:
-    """Milliseconds of (forward, forward + backward) of each repetition. In each, every run has its turn, another one
-    first each time."""
+    """Milliseconds of (forward, forward + backward) of each repetition. In each, every run has its turn, in an order
+    of :func:`order_of_turn`."""
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
     names = list(runs)
     gc.collect()
     gc.disable()
     try:
         for i in range(-WARMUPS, repeat):
-            first = i % len(names)
-            for name in names[first:] + names[:first]:
+            for place in order_of_turn(i, len(names)):
+                name = names[place]
                 time_of_call = _time_call(runs[name])
                 if i >= 0:
                     times[name].append(time_of_call)
     finally:
         gc.enable()
     return times
+
+
+def order_of_turn(turn: int, count: int) -> list[int]:
+    """Of ``count`` runs. In 2 ``count`` turns each is in every place twice, and directly after each other one equally
+    often: always after the same one, the same code took up to 5 % longer than beside itself, at 64 tokens. Source:
+    E. J. Williams, Experimental designs balanced for the estimation of residual effects of treatments (1949)."""
+    zigzag = [(place + 1) // 2 if place % 2 else count - place // 2 for place in range(count)]
+    order = [(turn + step) % count for step in zigzag]
+    return order if turn // count % 2 == 0 else order[::-1]
 
 
 def _time_call(run: Run | Floor) -> tuple[float, float]:

@@ -1,7 +1,9 @@
 """A workload on its ranks: who is refused, who is timed, and in which order."""
 
 import re
+from collections import Counter
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ from torch import Tensor
 from moe_dispatch.lab.bench.config import DispatchConfig
 from moe_dispatch.lab.bench.contenders.named import contenders_of
 from moe_dispatch.lab.bench.contenders.textbook import TextbookDispatch
-from moe_dispatch.lab.bench.measure import Run, measure, problem_of, time_in_turns
+from moe_dispatch.lab.bench.measure import Run, measure, order_of_turn, problem_of, time_in_turns
 from moe_dispatch.lab.bench.phases import phases_of
 from moe_dispatch.lab.bench.workload import DispatchWorkload
 from moe_dispatch.testing import RankPool
@@ -55,7 +57,19 @@ def turns() -> list[str]:
 
 
 def test_contenders_take_turns_and_each_goes_first(rank_pool: RankPool) -> None:
-    assert rank_pool.run(turns, 2) == [list("cab") + list("abc") + list("bca") + list("cab")] * 2
+    assert rank_pool.run(turns, 2) == [list("bac") + list("abc") + list("bca") + list("cab")] * 2
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
+def test_each_is_in_every_place_and_after_every_other_as_often(count: int) -> None:
+    orders = [order_of_turn(turn, count) for turn in range(2 * count)]
+    assert all(sorted(order) == list(range(count)) for order in orders)
+    places = Counter((place, one) for order in orders for place, one in enumerate(order))
+    pairs = Counter(pair for order in orders for pair in pairwise(order))
+    assert len(places) == count**2
+    assert set(places.values()) == {2}
+    assert len(pairs) == count * (count - 1)
+    assert set(pairs.values()) <= {2}
 
 
 def profile_layer(rank: int) -> dict[str, float]:
