@@ -39,6 +39,7 @@ def test_the_code_of_a_page_prints_what_the_page_shows(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(moe_dispatch.testing, "run_ranks", rank_pool.run)
+    monkeypatch.syspath_prepend(ROOT / "examples")  # one page builds on another example
     module = module_of_page(page, tmp_path, monkeypatch)
     if hasattr(module, "main"):
         module.main()

@@ -39,10 +39,13 @@ def test_the_readme_is_read_in_one_go() -> None:
     assert len(README.read_text().splitlines()) < 200
 
 
-def test_the_readme_shows_the_examples_as_they_are() -> None:
-    block, *training_step = fences(README, "python")
+def test_the_readme_and_pages_show_the_examples_as_they_are() -> None:
+    block, step, of_transformers = fences(README, "python")
     assert block == (EXAMPLES / "block.py").read_text()
-    assert "\n\n".join(training_step) == (EXAMPLES / "training_step.py").read_text()
+    assert step == (EXAMPLES / "step.py").read_text()
+    assert of_transformers in (EXAMPLES / "transformers_moe.py").read_text()
+    assert len(of_transformers.splitlines()) <= 12
+    assert fences(ROOT / "docs/training-step.md", "python") == [(EXAMPLES / "training_step.py").read_text()]
     assert fences(ROOT / "docs/subjects.md", "python")[0] == (EXAMPLES / "subject.py").read_text()
 
 
@@ -69,18 +72,21 @@ def test_experts_of_the_block_start_unlike_on_every_rank_and_in_every_layer(
     assert len({a, b, c, d, router_a, router_b}) == 6
 
 
-def test_the_training_step_prints_what_the_readme_shows(rank_pool: RankPool, examples: ModuleType) -> None:
-    lines = rank_pool.run(examples.train, 1, 3) + rank_pool.run(examples.train, 2, 3)
+@pytest.mark.usefixtures("examples")
+def test_the_step_prints_what_the_readme_shows(rank_pool: RankPool) -> None:
+    train = example("step").train
+    lines = rank_pool.run(train, 1, 1, 1, 1) + rank_pool.run(train, 4, 2, 2, 4)
     assert lines == fences(README, "text")[1].splitlines()
-    assert len({line.partition(":")[2] for line in lines}) == 1  # on 1 rank as on 2
+    assert len({line.partition(":")[2] for line in lines}) == 1  # on 1 rank as on 4
 
 
 @pytest.mark.parametrize(
     ("page", "name"),
     [
         ("README.md", "Block"),
-        ("README.md", "SelfAttention"),
         ("README.md", "Model"),
+        ("docs/training-step.md", "SelfAttention"),
+        ("docs/training-step.md", "Model"),
         ("docs/layer.md", "moe"),
         ("docs/many-nodes.md", "over_nodes"),
         ("docs/fixed-sizes.md", "of_fixed_sizes"),
