@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import nn
 
 from moe_dispatch import GroupedExperts, MoE, ParallelMesh, Partition, agree
+from moe_dispatch.internals import is_dtensor
 from moe_dispatch.reference import ReferenceMoE
 
 from ..call.module import UlyssesAttention
@@ -70,6 +71,8 @@ def _problem(layers: Mapping[str, OfOneProcess], experts: Partition | None, rank
     for name, layer in layers.items():
         if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks:
             return f"{name} has hooks, which its layer over ranks would not have; register them after apply"
+        if any(is_dtensor(weight) for weight in layer.parameters()):
+            return f"{name} has DTensors as parameters; call apply before fully_shard"
         if isinstance(layer, ReferenceMoE) and experts is not None and experts.total != layer.router.num_experts:
             return (
                 f"{name} has {layer.router.num_experts} experts, but {experts} has {experts.total}; give sizes that "

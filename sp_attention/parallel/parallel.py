@@ -17,8 +17,8 @@ from .on_mesh import OnMesh, everyone
 
 class Parallel(OnMesh):
     """Data, sequence, tensor and expert parallelism of one model or several: what a training step calls. It knows a
-    mesh, and neither a model nor a batch. Every rank makes one; collective. For models of Transformers there is
-    :class:`sp_attention.integrations.transformers.Parallel`.
+    mesh over all ranks, and neither a model nor a batch. Every rank makes one; collective. For models of Transformers
+    there is :class:`sp_attention.integrations.transformers.Parallel`.
 
     Args:
         dp, sp, tp, ep, device_type: as for :func:`moe_dispatch.build_mesh`.

@@ -4,6 +4,8 @@ import copy
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from moe_dispatch import MoE, Partition, share_of_state_dict, whole_state_dict
 from moe_dispatch.reference import ReferenceMoE
@@ -67,6 +69,8 @@ def refused(rank: int) -> list[str]:
     parallel, hooked, again = parallel_of_two(), new_model(), new_model()
     blocks_of(hooked)[0].moe.register_forward_hook(lambda *_: None)
     parallel.apply(again)
+    sharded = new_model()
+    fully_shard(sharded, mesh=init_device_mesh("cpu", (2,)))
     other = new_model() if rank else nn.Sequential(ReferenceAttention())
     texts = [
         refusal(lambda: parallel.apply(nn.Linear(2, 2))),
@@ -75,6 +79,7 @@ def refused(rank: int) -> list[str]:
         refusal(lambda: parallel.apply(new_model(), experts=Partition((2, 2, 1)))),
         refusal(lambda: parallel.apply(new_model(), experts=Partition((2, 2)))),
         refusal(lambda: parallel.apply(hooked)),
+        refusal(lambda: parallel.apply(sharded)),
         refusal(lambda: parallel.apply(other)),
     ]
     wrong = new_model() if rank else nn.Linear(2, 2)
@@ -91,6 +96,7 @@ def test_what_cannot_be_spread_is_refused_on_every_rank(rank_threads: RankThread
         "ep is 2; give it one size per rank of ep",
         f"blocks.0.moe has {EXPERTS} experts",
         "blocks.0.moe has hooks",
+        "call apply before fully_shard",
         "ranks disagree",
         "no ReferenceMoE",
     )
