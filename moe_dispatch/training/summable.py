@@ -40,7 +40,8 @@ def _averaged(model: nn.Module) -> str:
         if any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__):
             state: Any = module._get_fsdp_state()  # pyright: ignore[reportCallIssue]
             for part in state._fsdp_param_groups:
-                if part.gradient_divide_factor != 1.0 and part.mesh_info.mesh.size() > 1:
+                factor = part.gradient_divide_factor  # None is the number of ranks; others count on one rank, too
+                if factor != 1.0 and (factor is not None or part.mesh_info.mesh.size() > 1):
                     return (
                         f"FSDP2 around {place or 'the model'} averages gradients, and all others are sums; call "
                         "set_gradient_divide_factor(1.0) on each FSDPModule (and before it "

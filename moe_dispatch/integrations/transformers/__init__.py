@@ -6,5 +6,8 @@ registered function compute. Ours sends rows to the ranks of their experts; each
 
 from .apply import apply_expert_parallel
 from .aux_loss import global_aux_loss
+from .implementation import follow_steps as follow_steps  # for sp_attention, whose steps come by
+from .implementation import problem_of_mesh as problem_of_mesh
+from .implementation import register_implementation
 
-__all__ = ["apply_expert_parallel", "global_aux_loss"]
+__all__ = ["apply_expert_parallel", "global_aux_loss", "register_implementation"]

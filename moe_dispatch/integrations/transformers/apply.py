@@ -11,7 +11,7 @@ from ...layout.mesh import ParallelMesh
 from ...layout.partition import Partition
 from ...wire.agreement import agree
 from ...wire.exchange import check_is_group
-from .held import NAME, HeldExperts, LayerAtHand, experts_over_ranks
+from .held import NAME, HeldExperts, LayerAtHand, decoder_layer, experts_over_ranks
 from .interface import ALL_EXPERTS_FUNCTIONS
 from .layout import is_experts, names_of_parameters, problem_of_layout
 
@@ -49,9 +49,9 @@ def apply_expert_parallel(model: nn.Module, mesh: ParallelMesh, *, experts: Part
     at_hand: dict[str, LayerAtHand] = {}
     for place, module in layers.items():
         partition = experts or Partition.balanced(_total(module), group.size())
-        around = _decoder_layer(place)
+        around = decoder_layer(place)
         if around not in at_hand:
-            at_hand[around] = _watch(model.get_submodule(around))
+            at_hand[around] = LayerAtHand.of(model.get_submodule(around))
         _cut(module, partition, group.rank(), of_old)
         setattr(module, MARK, HeldExperts(partition, group, at_hand[around]))
     ALL_EXPERTS_FUNCTIONS.register(NAME, experts_over_ranks)
@@ -89,20 +89,6 @@ def _problem(
 def _facts(place: str, module: nn.Module, experts: Partition | None) -> str:
     shapes = {name: (tuple(x.shape), str(x.dtype)) for name, x in module.named_parameters()}
     return f"{place} {shapes} over {'balanced' if experts is None else experts.sizes}"
-
-
-def _decoder_layer(place: str) -> str:
-    """The module of the stack of layers that ``place`` is in: it is called with the keywords of the model."""
-    names = place.split(".")
-    numbered = [i for i, name in enumerate(names) if name.isdigit()]
-    return ".".join(names[: numbered[0] + 1]) if numbered else place
-
-
-def _watch(layer: nn.Module) -> LayerAtHand:
-    at_hand = LayerAtHand()
-    layer.register_forward_pre_hook(at_hand.enter, with_kwargs=True, prepend=True)
-    layer.register_forward_hook(at_hand.leave, always_call=True)
-    return at_hand
 
 
 @torch.no_grad()

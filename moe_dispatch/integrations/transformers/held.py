@@ -1,6 +1,7 @@
 """What a Transformers experts module carries once it is cut: its share, and the tokens of the layer at hand."""
 
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +41,14 @@ class LayerAtHand:
     def __init__(self) -> None:
         self.step: StepOfExperts | None = None
 
+    @classmethod
+    def of(cls, layer: nn.Module) -> Self:
+        """One that follows the calls of ``layer``."""
+        at_hand = cls()
+        layer.register_forward_pre_hook(at_hand.enter, with_kwargs=True, prepend=True)
+        layer.register_forward_hook(at_hand.leave, always_call=True)
+        return at_hand
+
     def enter(self, layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """A forward pre-hook."""
         self.step = kwargs.get(STEP)
@@ -47,6 +56,13 @@ class LayerAtHand:
     def leave(self, layer: nn.Module, args: Any, output: Any) -> None:
         """A forward hook that is always called: a recomputation ends early, by an exception."""
         self.step = None
+
+
+def decoder_layer(place: str) -> str:
+    """The module of the stack of layers that ``place`` is in: it is called with the keywords of the model."""
+    names = place.split(".")
+    numbered = [i for i, name in enumerate(names) if name.isdigit()]
+    return ".".join(names[: numbered[0] + 1]) if numbered else place
 
 
 class HeldExperts(ExpertShare):
@@ -92,6 +108,19 @@ def experts_over_ranks(experts: Any, x_TD: Tensor, expert_TK: Tensor, weight_TK:
             f"experts_implementation is {NAME!r}, but {type(experts).__name__} is not cut over ranks; call "
             "apply_expert_parallel(model, mesh)"
         )
+    return over_ranks(held, experts, x_TD, expert_TK, weight_TK, compute)
+
+
+def over_ranks(
+    held: HeldExperts,
+    experts: Any,
+    x_TD: Tensor,
+    expert_TK: Tensor,
+    weight_TK: Tensor,
+    compute: Callable[[Any, Tensor, Tensor], Tensor],
+) -> Tensor:
+    """The same, with the computation of this rank's experts: (experts, (M, D) rows by expert, (e,) how many each has)
+    -> (M, D), unweighted, and part of the graph without rows, too."""
     learns = x_TD.requires_grad or weight_TK.requires_grad or any(w.requires_grad for w in experts.parameters())
     of_any = torch.is_grad_enabled() and learns
     plan, step = held.plans.recall(lambda: held.plan(x_TD, expert_TK, weight_TK, of_any))

@@ -5,6 +5,7 @@ import transformers
 WORKS = "5.23 up to, but not including, 6"
 
 try:
+    from transformers.distributed.expert_parallel import EPImplementation, EPImplementationInterface
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
 except ImportError as error:
     raise ImportError(
@@ -12,4 +13,4 @@ except ImportError as error:
         f'{WORKS}, work: pip install "transformers>=5.23,<6"'
     ) from error
 
-__all__ = ["ALL_EXPERTS_FUNCTIONS", "use_experts_implementation"]
+__all__ = ["ALL_EXPERTS_FUNCTIONS", "EPImplementation", "EPImplementationInterface", "use_experts_implementation"]

@@ -6,6 +6,7 @@ from typing import Any, Self
 import torch
 
 from moe_dispatch import ParallelMesh, agree
+from moe_dispatch.integrations.transformers import follow_steps, problem_of_mesh
 
 from ...parallel.on_mesh import everyone
 from .asked import keeps_documents_apart
@@ -31,7 +32,7 @@ def apply_sequence_parallel(model: Any, mesh: ParallelMesh) -> None:
         GroupError: on every rank: a model that is none, or with layers of another kind (linear attention, state
             spaces), by name; or ranks with different models.
     """
-    problem, name = _problem(model), ""
+    problem, name = _problem(model) or problem_of_mesh(model, mesh), ""
     if not problem:
         try:
             name = NAME_APART if keeps_documents_apart(model) else NAME
@@ -44,6 +45,7 @@ def apply_sequence_parallel(model: Any, mesh: ParallelMesh) -> None:
         group=everyone(),
     )
     register()
+    follow_steps(model)
     model.set_attn_implementation(name)
     model.register_forward_pre_hook(_Guard(mesh, name).check, with_kwargs=True)
 
