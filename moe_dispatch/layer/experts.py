@@ -124,7 +124,9 @@ def _grouped_mm_runs(x_MI: Tensor, w_eIO: Tensor) -> bool:
 @uncompiled("other numbers of rows would be another graph")
 def _product_by_expert(x_MI: Tensor, w_eIO: Tensor, groups: RowGroups) -> Tensor:
     if not len(w_eIO):
-        return x_MI @ w_eIO.sum(0)  # no experts, so no rows of any: a product that keeps both in the graph
+        # No experts, so no rows of any: a product that keeps both in the graph. FSDP2 leaves these weights alone, so
+        # its mixed precision does not cast them as it casts the rows.
+        return x_MI @ w_eIO.sum(0).to(x_MI.dtype)
     *x_of_expert, unused_mI = x_MI.split([*groups.counts, len(x_MI) - sum(groups.counts)])
     products = [x_mI @ w_IO for x_mI, w_IO in zip(x_of_expert, w_eIO.unbind(0), strict=True)]
     return torch.cat([*products, unused_mI.new_zeros(len(unused_mI), w_eIO.shape[2])])

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from moe_dispatch import Partition, whole_state_dict
 from moe_dispatch.testing import RankPool, RankThreads
@@ -142,12 +143,12 @@ def test_microbatches_are_one_batch(rank_threads: RankThreads) -> None:
         assert max(difference(x, grad_of(wanted[name])) for name, x in gradients.items()) < TOLERANCE
 
 
-def under_fsdp2(rank: int, case: Case) -> dict[str, Tensor]:
+def under_fsdp2(rank: int, case: Case, policy: MixedPrecisionPolicy) -> dict[str, Tensor]:
     parallel, model = Parallel(dp=case.dp, sp=case.sp, ep=case.ep, device_type="cpu"), new_model()
     parallel.apply(model, experts=Partition(case.experts) if case.experts else None)
     for block in blocks_of(model):
-        parallel.fully_shard(block)
-    parallel.fully_shard(model)
+        parallel.fully_shard(block, mp_policy=policy)
+    parallel.fully_shard(model, mp_policy=policy)
     part = parallel.shard(batch_of(case)[0], lengths=case.lengths)
     logits_BlV = model(part.batch.token_Bl, part.batch.position_Bl, part.attention, part.moe)
     parallel.loss(logits_BlV, part).share.backward()
@@ -171,6 +172,18 @@ def test_fully_shard_sums(rank_pool: RankPool, case: Case) -> None:
     """After a step of SGD, so that shards are compared, too."""
     wanted = {name: weight.detach() for name, weight in new_model().named_parameters()}
     _, _, gradients, _ = of_one_process(case)
-    for got in rank_pool.run(under_fsdp2, 4, case):
+    for got in rank_pool.run(under_fsdp2, 4, case, MixedPrecisionPolicy()):
         assert got.keys() >= wanted.keys()
         assert max(difference(got[name], wanted[name] - gradients[name]) for name in wanted) < TOLERANCE
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_fully_shard_in_mixed_precision(rank_pool: RankPool) -> None:
+    """Weights and rows are bfloat16, also on the ranks without experts, whose weights FSDP2 does not cast."""
+    case = Case(dp=2, sp=2, ep=2, rows=3, lengths=(11, 0), experts=(5, 0))
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    wanted = {name: weight.detach() for name, weight in new_model().named_parameters()}
+    _, _, gradients, _ = of_one_process(case)
+    for got in rank_pool.run(under_fsdp2, 4, case, policy):
+        far = max(difference(got[name], wanted[name] - gradients[name]) for name in wanted)
+        assert 0 < far < 6e-3  # measured: 6.6e-4, of gradients up to 0.03
