@@ -122,7 +122,7 @@ def sharded(rank: int, backend: str) -> Run:
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_torchtitans_fsdp2_around_it_is_one_process(rank_pool: RankPool) -> None:
-    runs = rank_pool.run(sharded, 4, "partial_dtensor", timeout=200)
+    runs = rank_pool.run(sharded, 4, "partial_dtensor", timeout=300)
     with without_casts(torch.float32):
         wanted = on_one_process(Case(8, (9,), 1, torch.float32))
     outputs, inputs = ([getattr(found, field) for found in runs] for field in ("y_BLD", "dx_BLD"))
@@ -132,7 +132,7 @@ def test_torchtitans_fsdp2_around_it_is_one_process(rank_pool: RankPool) -> None
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_torchtitans_own_spmd_types_run_it(rank_pool: RankPool) -> None:
-    runs = rank_pool.run(sharded, 4, "spmd_types", timeout=200)
+    runs = rank_pool.run(sharded, 4, "spmd_types", timeout=300)
     case = Case(8, (9,), 1, torch.float32)
     with without_casts(torch.float32):
         wanted = on_one_process(case)
@@ -160,7 +160,7 @@ def compiled(rank: int) -> tuple[bool, list[bool], str]:
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_compiled_it_is_a_graph_break_that_says_why(rank_pool: RankPool) -> None:
-    for same_output, same_gradients, told in rank_pool.run(compiled, 2, timeout=200):
+    for same_output, same_gradients, told in rank_pool.run(compiled, 2, timeout=300):
         assert same_output
         assert same_gradients == [True] * 3
         assert "moe_dispatch plans by the rows of each batch" in told

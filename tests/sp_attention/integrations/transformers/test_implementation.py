@@ -1,5 +1,6 @@
 """Models that Transformers loads and shards, with our exchange and sequence parallelism: one process's numbers."""
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -58,22 +59,33 @@ def test_a_step_is_that_of_one_process(rank_threads: RankThreads, name: str, lay
             assert max(differences(run, reference, batch["attention_mask"]).values()) <= STRICT
 
 
-def loaded(folder: Path, ep: int) -> Any:
+def loaded(folder: Path, **sizes: int) -> Any:
     register_implementation()
-    config = DistributedConfig(fsdp_size=4, ep_size=ep, ep_implementation="moe_dispatch")
     return AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=DTYPE,
         attn_implementation="eager",
         experts_implementation="eager",
-        distributed_config=config,
+        distributed_config=DistributedConfig(**sizes, ep_implementation="moe_dispatch"),  # type: ignore[arg-type]
     )
 
 
-def trained(folder: Path, ep: int) -> tuple[Run, float, list[int], list[bool]]:
+@dataclass(frozen=True)
+class Loaded:
+    """How Transformers shards over 4 ranks, and which checkpoints recompute (none, where empty)."""
+
+    sizes: dict[str, int]
+    checkpoints: dict[str, bool] = field(default_factory=dict)
+
+
+def trained(folder: Path, case: Loaded) -> tuple[Run, float, list[int], list[bool]]:
     with strict_float64(), planned_tokens() as planned:
-        model, parallel, batch = loaded(folder, ep), Parallel(sp=4, ep=ep, device_type="cpu"), batch_of("left")
+        model, batch = loaded(folder, **case.sizes), batch_of("left")
+        parallel = Parallel(sp=4, ep=case.sizes["ep_size"], device_type="cpu")
         let_fsdp_sum(model)
+        if case.checkpoints:
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs=case.checkpoints)
+            model.train()
         apply_sequence_parallel(model, parallel.mesh)
         run = with_a_step(model, parallel, batch, LENGTHS)
         norm = float(parallel.clip_grad_norm(model, 1.0))
@@ -83,28 +95,42 @@ def trained(folder: Path, ep: int) -> tuple[Run, float, list[int], list[bool]]:
         model.load_state_dict(share_of_state_dict(whole, model))
         back = whole_state_dict(model)
     file = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    held = sum(weight.to_local().numel() for weight in model.parameters())
     facts = [
         all(torch.equal(whole[name], back[name]) for name in whole),
         all(torch.equal(whole[name], weight) for name, weight in file.items()),
         whole.keys() == file.keys(),
-        sum(weight.to_local().numel() for weight in model.parameters()) * 4
-        == sum(w.numel() for w in model.parameters()),
+        held * case.sizes["fsdp_size"] == sum(weight.numel() for weight in model.parameters()),
     ]
     return run, norm, planned, facts
 
 
-@pytest.mark.parametrize(("name", "ep"), [*((name, 2) for name in FAMILIES), ("qwen3_moe", 4)])
-def test_a_model_from_a_folder_trains_as_one_process(rank_pool: RankPool, tmp_path: Path, name: str, ep: int) -> None:
+OVER_TWO, OVER_FOUR = {"fsdp_size": 4, "ep_size": 2}, {"fsdp_size": 4, "ep_size": 4}
+CASES = [
+    *((name, Loaded(OVER_TWO)) for name in FAMILIES),
+    ("qwen3_moe", Loaded(OVER_FOUR)),
+    ("gpt_oss", Loaded({"dp_replicate_size": 2, "fsdp_size": 2, "ep_size": 2})),
+    ("mixtral", Loaded(OVER_TWO, {"use_reentrant": False})),
+    ("mixtral", Loaded(OVER_TWO, {"use_reentrant": True})),
+]
+
+
+@pytest.mark.parametrize(("name", "case"), CASES, ids=str)
+def test_a_model_from_a_folder_trains_as_one_process(
+    rank_pool: RankPool, tmp_path: Path, name: str, case: Loaded
+) -> None:
     new_model(name, DTYPE).save_pretrained(tmp_path)
     batch = batch_of("left")
     with strict_float64():
         reference = on_one_process(name, DTYPE, batch)
     wanted = float(torch.stack([gradient.norm() for gradient in reference.gradients.values()]).norm())
-    for run, norm, planned, facts in rank_pool.run(trained, 4, tmp_path, ep, timeout=200):
+    # The tokens of the step, without the dummy of the rank that has none; a reentrant recomputation asks the ranks.
+    of_step = {2 * 33, 2 * 18, 2 * 15} | ({2 * 15 + 2} if case.checkpoints.get("use_reentrant") else set())
+    for run, norm, planned, facts in rank_pool.run(trained, 4, tmp_path, case, timeout=300):
         assert max(differences(run, reference, batch["attention_mask"]).values()) <= STRICT
         assert abs(norm - wanted) <= STRICT * wanted
         assert planned
-        assert set(planned) <= {2 * 33, 2 * 18, 2 * 15}  # the tokens of the step: no dummy of the rank without any
+        assert set(planned) <= of_step
         assert facts == [True] * 4
 
 
@@ -114,7 +140,7 @@ ROWS = ((0, 3), (3, 4), (4, 5), (5, 6))
 def without_a_step(rank: int, folder: Path) -> tuple[Run, list[str]]:
     """As any training loop feeds it: each rank's own rows, and a loss by the number of all targets."""
     with strict_float64():
-        model, batch, texts = loaded(folder, 4), batch_of("left", rows=6), list[str]()
+        model, batch, texts = loaded(folder, **OVER_FOUR), batch_of("left", rows=6), list[str]()
         parallel = Parallel(dp=4, ep=4, device_type="cpu")
         factor = model.model.layers[0].mlp.experts._get_fsdp_state()._fsdp_param_groups[0].gradient_divide_factor
         texts.append(refusal(lambda: parallel.sum_gradients(model)))
@@ -137,7 +163,7 @@ def test_a_loop_of_transformers_trains_as_one_process(rank_pool: RankPool, tmp_p
     batch = batch_of("left", rows=6)
     with strict_float64():
         reference = on_one_process("gpt_oss", DTYPE, batch)
-    found = rank_pool.run(without_a_step, 4, tmp_path, timeout=200)
+    found = rank_pool.run(without_a_step, 4, tmp_path, timeout=300)
     logits_BLV = torch.cat([run.logits_BLV for run, _ in found])
     for run, texts in found:
         whole = Run(logits_BLV, run.loss, run.gradients)
@@ -149,7 +175,7 @@ def test_a_loop_of_transformers_trains_as_one_process(rank_pool: RankPool, tmp_p
 def averaged(rank: int, folder: Path) -> Run:
     """As Transformers has it: means of ranks with as many targets each, and FSDP2 that averages."""
     with strict_float64():
-        model, ids = loaded(folder, 2), batch_of("plain", rows=4)["input_ids"][rank : rank + 1]
+        model, ids = loaded(folder, **OVER_TWO), batch_of("plain", rows=4)["input_ids"][rank : rank + 1]
         out = model(input_ids=ids, labels=ids, use_cache=False)
         out.loss.backward()
     return Run(out.logits.detach(), out.loss.item(), whole_gradients_of_dtensors(model))
@@ -160,7 +186,7 @@ def test_averages_of_transformers_are_right_for_equal_ranks(rank_pool: RankPool,
     ids = batch_of("plain", rows=4)["input_ids"]
     with strict_float64():
         reference = on_one_process("mixtral", DTYPE, {"input_ids": ids, "labels": ids})
-    found = rank_pool.run(averaged, 4, tmp_path, timeout=200)
+    found = rank_pool.run(averaged, 4, tmp_path, timeout=300)
     whole = Run(torch.cat([run.logits_BLV for run in found]), sum(run.loss for run in found) / 4, found[0].gradients)
     assert max(differences(whole, reference).values()) <= STRICT
 
