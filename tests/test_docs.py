@@ -21,10 +21,11 @@ WITH_CODE = [page for page in sorted((ROOT / "docs").glob("*.md")) if fences(pag
 
 
 def module_of_page(page: Path, directory: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The page's code as a module that ranks can import; what it does as a script is its ``main()``."""
-    source = "\n\n".join(fences(page, "python"))
+    """The page's code as a module that ranks can import; what its blocks do as scripts are its ``main_...()``."""
+    blocks = enumerate(fences(page, "python"))
+    source = "\n\n".join(x.replace('if __name__ == "__main__":', f"def main_{i}():") for i, x in blocks)
     name = f"page_{page.stem.replace('-', '_')}"
-    (directory / f"{name}.py").write_text(source.replace('if __name__ == "__main__":', "def main():"))
+    (directory / f"{name}.py").write_text(source)
     monkeypatch.syspath_prepend(directory)
     return importlib.import_module(name)
 
@@ -41,8 +42,9 @@ def test_the_code_of_a_page_prints_what_the_page_shows(
     monkeypatch.setattr(moe_dispatch.testing, "run_ranks", rank_pool.run)
     monkeypatch.syspath_prepend(ROOT / "examples")  # one page builds on another example
     module = module_of_page(page, tmp_path, monkeypatch)
-    if hasattr(module, "main"):
-        module.main()
+    for name, script in list(vars(module).items()):
+        if name.startswith("main_"):
+            script()
     assert capsys.readouterr().out == "".join(fences(page, "text"))
     for name, shown_test in vars(module).items():
         if name.startswith("test_"):

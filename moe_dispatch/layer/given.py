@@ -9,7 +9,7 @@ from ..layout.sharding import TokenSharding
 from ..plan.ids.format import ID_DTYPES
 from ..routing.sites import Tap
 from ..wire.local_tensors import problem_of_dtensors
-from .recompute import in_backward, is_hidden
+from .recompute import check_not_hidden, in_backward
 from .router import TopKRouter
 from .training_pass import is_metadata_pass
 
@@ -62,11 +62,7 @@ class Given:
             return self
         if self.expert_BlK is not None:
             raise ValueError("expert_BlK is given to a layer that replays a record; leave out one of the two")
-        if is_hidden() or in_backward():
-            raise ValueError(
-                "saved-tensor hooks between a checkpoint and this layer, e.g. save_on_cpu, hide which forward is "
-                "recomputed, so it could not be replayed again; put them around the checkpoint"
-            )
+        check_not_hidden()
         return replace(self, expert_BlK=tap.sources[-1].next(self.sharding, rank).to(self.x_BlD.device))
 
     def show(self, tap: Tap, expert_BlK: Tensor, rank: int) -> None:

@@ -188,7 +188,9 @@ class MoE(nn.Module):
 
     def routing_site(self) -> Site:
         """For :func:`record_routing` and :func:`replay_routing`."""
-        return Site(tap=self._tap, num_experts=self.partition.total, num_choices=self.router.top_k, group=self.group)
+        return Site(
+            tap=self._tap, num_experts=self.partition.total, num_choices=self.router.top_k, groups=(self.group,)
+        )
 
     @torch.no_grad()
     def update_bias(self, rate: float, group: dist.ProcessGroup) -> None:

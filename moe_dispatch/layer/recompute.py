@@ -65,6 +65,14 @@ class ForwardMemory(Generic[T]):
         self._recalled[pack_hook] = call + 1
         return made[call]
 
+    def is_recalling(self) -> bool:
+        """Whether a forward that made something is recomputed here."""
+        pack_hook = _checkpoint_hook()
+        if pack_hook is None:
+            return False
+        frame, recomputing = _frame_of(pack_hook)
+        return recomputing and frame in self._made
+
 
 class ReentrantMemory(Generic[T]):
     """What each call in the forward of a reentrant checkpoint made, in order, for as long as its graph lives."""
@@ -87,6 +95,19 @@ class ReentrantMemory(Generic[T]):
         for ctx in inside:
             self._made.setdefault(ctx, deque()).append(value)
         return value
+
+    def is_recalling(self) -> bool:
+        """Whether a checkpoint runs a forward again that made something."""
+        return in_backward() and any(ctx in self._made for ctx in _reentrant_checkpoints()[1])
+
+
+def check_not_hidden() -> None:
+    """Raise ValueError where what is decided in this forward could not be found again when it is recomputed."""
+    if is_hidden() or in_backward():
+        raise ValueError(
+            "saved-tensor hooks between a checkpoint and this layer, e.g. save_on_cpu, hide which forward is "
+            "recomputed, so it could not be replayed again; put them around the checkpoint"
+        )
 
 
 def is_hidden() -> bool:

@@ -74,6 +74,12 @@ class Choices:
         return len(self.token_N) == self.grid[0] * self.grid[1]
 
     @property
+    def is_partial(self) -> bool:
+        """Whether a token goes to some experts, but to fewer than K."""
+        none_NK = self.expert_NK < 0
+        return bool((none_NK.any(1) & ~none_NK.all(1)).any())
+
+    @property
     def facts(self) -> str:
         """What parts of one forward have in common."""
         return f"{self.grid[0]} x {self.grid[1]} tokens, K = {self.expert_NK.shape[1]} of {self.num_experts} experts"

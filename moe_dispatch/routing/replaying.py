@@ -99,8 +99,12 @@ class Replay:
 def _compare(sites: Mapping[str, Site], record: RoutingRecord) -> None:
     """Raise on every rank of each group unless the record fits its layers, and all have the same."""
     problem, errors = _problem(sites, record), list[GroupError]()
-    for group in dict.fromkeys(site.group for site in sites.values()):
-        layers = {} if problem else {name: record.layers[name] for name, site in sites.items() if site.group is group}
+    groups = dict.fromkeys(group for site in sites.values() for group in site.groups)
+    if problem and not groups:
+        raise ValueError(problem)
+    for group in groups:
+        mine = [name for name, site in sites.items() if group in site.groups]
+        layers = {} if problem else {name: record.layers[name] for name in mine}
         facts = "; ".join(f"{name}: {[x.facts for x in forwards]}" for name, forwards in layers.items())
         try:
             agree(facts, device=device_of(group), group=group, problem=problem)
@@ -130,5 +134,10 @@ def _problem(sites: Mapping[str, Site], record: RoutingRecord) -> str:
                     f"{name or 'this layer'} was recorded with K = {x.expert_NK.shape[1]} of {x.num_experts} "
                     f"experts, and has K = {site.num_choices} of {site.num_experts}; replay the model that was "
                     "recorded"
+                )
+            if site.all_or_none and x.is_partial:
+                return (
+                    f"{name or 'this layer'} was recorded with tokens that go to fewer than K experts (-1 beside "
+                    "ids), for which its router has no weights; a token of such a layer goes to K experts, or to none"
                 )
     return ""

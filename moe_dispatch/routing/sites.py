@@ -79,13 +79,15 @@ class Site:
         tap: of the layer.
         num_experts: E, of all ranks.
         num_choices: K.
-        group: the ranks that run the layer together.
+        groups: the ranks that run the layer together; no group for a layer of one process.
+        all_or_none: whether a token has to go to K experts, or to none.
     """
 
     tap: Tap
     num_experts: int
     num_choices: int
-    group: dist.ProcessGroup
+    groups: tuple[dist.ProcessGroup, ...]
+    all_or_none: bool = False
 
 
 def sites_of(model: nn.Module) -> dict[str, Site]:
@@ -104,6 +106,7 @@ def sites_of(model: nn.Module) -> dict[str, Site]:
     if not sites:
         raise ValueError(
             f"no layer of this {type(model).__name__} chooses experts; pass the model that holds the MoE layers (a "
-            "stage of a pipeline without any needs no record)"
+            "stage of a pipeline without any needs no record). Models of Transformers have functions of the same "
+            "names, in moe_dispatch.integrations.transformers"
         )
     return sites

@@ -9,5 +9,12 @@ from .aux_loss import global_aux_loss
 from .implementation import follow_steps as follow_steps  # for sp_attention, whose steps come by
 from .implementation import problem_of_mesh as problem_of_mesh
 from .implementation import register_implementation
+from .routing import record_routing, replay_routing
 
-__all__ = ["apply_expert_parallel", "global_aux_loss", "register_implementation"]
+__all__ = [
+    "apply_expert_parallel",
+    "global_aux_loss",
+    "record_routing",
+    "register_implementation",
+    "replay_routing",
+]

@@ -14,8 +14,10 @@ from ...plan.metadata import DispatchMetadata
 from ...plan.terms import Terms
 from ...rows.combine import combine
 from ...rows.dispatch import dispatch
-from ...wire.token_counts import gather_sharding
 from .layout import compute
+from .routing.calls import Routed
+from .routing.hooks import routed_by_hooks
+from .tokens import FedTokens, told_by_ranks
 
 NAME = "moe_dispatch"  # in Transformers' registry, which is the process's: the function knows no model and no mesh
 STEP = "step"  # the keyword of model(...) in which a step travels
@@ -71,33 +73,32 @@ class HeldExperts(ExpertShare):
     def __init__(self, partition: Any, group: Any, layer: LayerAtHand) -> None:
         super().__init__(partition, group)
         self.layer = layer
-        self.plans: ForwardMemory[tuple[DispatchMetadata, StepOfExperts | None]] = ForwardMemory()
+        self.plans: ForwardMemory[tuple[DispatchMetadata, FedTokens]] = ForwardMemory()
 
-    def plan(
-        self, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, of_any: bool
-    ) -> tuple[DispatchMetadata, StepOfExperts | None]:
-        """The plan of this call, and the step that it belongs to; a host sync or two."""
+    def tokens_at_hand(self, num_rows: int, device: torch.device) -> FedTokens:
+        """Those of the step of this layer, or those that ranks tell."""
         step = self.layer.step
         if step is None:
-            sharding = gather_sharding(len(x_TD), device=x_TD.device, group=self.group)
-        else:
-            sharding = step.tokens_of_experts
+            return told_by_ranks(num_rows, device=device, group=self.group)
+        return FedTokens(step.tokens_of_experts, self.group.rank(), step.fed_shape)
+
+    def plan(self, x_TD: Tensor, routed: Routed, of_any: bool) -> tuple[DispatchMetadata, FedTokens]:
+        """The plan of this call, and its tokens; a host sync or two."""
+        tokens, weight_TK = routed.tokens or self.tokens_at_hand(len(x_TD), x_TD.device), routed.weight_TK
         terms = Terms(
-            sharding=sharding,
+            sharding=tokens.sharding,
             experts=self.partition,
             dim=x_TD.shape[1],
             dtype=x_TD.dtype,
             also=f"gradients of tokens, weights or experts {of_any}, weights of {weight_TK.dtype}",
         )
-        of_rank = [own_tokens(x, sharding.local_shape(self.group.rank()), step) for x in (expert_TK, weight_TK)]
-        return Counted().plan(of_rank[0], of_rank[1].detach(), terms, self.group), step
-
-
-def own_tokens(x_T: Tensor, local_shape: tuple[int, int], step: StepOfExperts | None) -> Tensor:
-    """(T, ...) of all tokens that the model got -> (b, l, ...) without the dummy."""
-    rows, length = local_shape
-    fed_shape = local_shape if step is None else step.fed_shape
-    return x_T.unflatten(0, fed_shape)[:rows, :length]
+        if routed.problem:
+            num_choices = weight_TK.shape[1]
+            Counted().refuse(routed.problem, terms, self.group, num_choices=num_choices, device=x_TD.device)
+        weight_BlK = tokens.own(weight_TK).detach()
+        plan = Counted().plan(tokens.own(routed.expert_TK), weight_BlK, terms, self.group)
+        routed.show(tokens)  # planned: every rank has taken the same forward
+        return plan, tokens
 
 
 def experts_over_ranks(experts: Any, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> Tensor:
@@ -121,13 +122,10 @@ def over_ranks(
 ) -> Tensor:
     """The same, with the computation of this rank's experts: (experts, (M, D) rows by expert, (e,) how many each has)
     -> (M, D), unweighted, and part of the graph without rows, too."""
+    routed = routed_by_hooks(experts, expert_TK, weight_TK)
     learns = x_TD.requires_grad or weight_TK.requires_grad or any(w.requires_grad for w in experts.parameters())
     of_any = torch.is_grad_enabled() and learns
-    plan, step = held.plans.recall(lambda: held.plan(x_TD, expert_TK, weight_TK, of_any))
-    shape = plan.local_shape[:2]
-    x_MD, weight_M = dispatch(own_tokens(x_TD, shape, step), own_tokens(weight_TK, shape, step), plan)
+    plan, tokens = held.plans.recall(lambda: held.plan(x_TD, routed, of_any))
+    x_MD, weight_M = dispatch(tokens.own(x_TD), tokens.own(routed.weight_TK), plan)
     y_MD = compute(experts, x_MD, plan.rows_per_expert_e)
-    y_BlD = combine(y_MD, plan, weight_M)
-    fed = shape if step is None else step.fed_shape
-    padding = (0, 0, 0, fed[1] - shape[1], 0, fed[0] - shape[0])
-    return nn.functional.pad(y_BlD, padding).flatten(0, 1).to(x_TD.dtype)
+    return tokens.feed(combine(y_MD, plan, weight_M)).to(x_TD.dtype)

@@ -11,8 +11,7 @@ from ...layout.mesh import ParallelMesh
 from ...layout.partition import Partition
 from .held import NAME, HeldExperts, LayerAtHand, decoder_layer, over_ranks
 from .interface import EPImplementation, EPImplementationInterface
-
-PLACE = "moe_dispatch_implementation"  # the attribute of an experts module that has one
+from .tokens import IMPLEMENTATION
 
 
 def register_implementation() -> None:
@@ -47,7 +46,7 @@ class MoEDispatchEP(EPImplementation):
             )
         self.experts, group = experts, ep_mesh.get_group()
         self.held = HeldExperts(Partition((experts.num_experts,) * group.size()), group, LayerAtHand())
-        setattr(experts, PLACE, self)
+        setattr(experts, IMPLEMENTATION, self)
 
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """(T, D) tokens of this rank, (T, K) ids of all experts and (T, K) weights -> (T, D)."""
@@ -95,5 +94,5 @@ def follow_steps(model: nn.Module) -> None:
 
 def _implementations(model: nn.Module) -> Iterator[tuple[str, MoEDispatchEP]]:
     for place, module in model.named_modules():
-        if PLACE in vars(module):
-            yield place, vars(module)[PLACE]
+        if IMPLEMENTATION in vars(module):
+            yield place, vars(module)[IMPLEMENTATION]

@@ -165,7 +165,8 @@ def test_inference(rank_threads: RankThreads) -> None:
 def test_a_model_without_layers_is_refused() -> None:
     text = (
         "no layer of this Linear chooses experts; pass the model that holds the MoE layers (a stage of a pipeline "
-        "without any needs no record)"
+        "without any needs no record). Models of Transformers have functions of the same names, in "
+        "moe_dispatch.integrations.transformers"
     )
     assert refusal(lambda: record_routing(nn.Linear(2, 2)).__enter__()) == text
     assert refusal(lambda: replay_routing(nn.Linear(2, 2), RoutingRecord({})).__enter__()) == text
