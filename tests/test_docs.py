@@ -12,6 +12,7 @@ import moe_dispatch
 import moe_dispatch.integrations.transformers
 import moe_dispatch.testing
 import sp_attention.integrations.transformers
+import sp_attention.integrations.transformers.judged
 from moe_dispatch.lab import cli
 from moe_dispatch.testing import RankPool
 
@@ -101,7 +102,11 @@ def test_every_public_name_is_in_the_reference_once() -> None:
         "torchtitan": [importlib.import_module("moe_dispatch.integrations.torchtitan")],
         "testing": [moe_dispatch.testing],
         "sp_attention": [sp_attention],
-        "transformers": [moe_dispatch.integrations.transformers, sp_attention.integrations.transformers],
+        "transformers": [
+            moe_dispatch.integrations.transformers,
+            sp_attention.integrations.transformers,
+            sp_attention.integrations.transformers.judged,
+        ],
     }
     for page, modules in pages.items():
         text = (ROOT / f"docs/api/{page}.md").read_text()

@@ -78,6 +78,7 @@ def test_the_second_package_comes_in_by_the_front_doors() -> None:
         doors = FRONT_DOORS | ({"moe_dispatch.testing"} if name.endswith("__main__.py") else set())
         doors |= {"moe_dispatch.reference"} if name.startswith("sp_attention/parallel/") else set()
         doors |= {INTEGRATIONS[1]} if name.startswith(INTEGRATIONS[0]) else set()
+        doors |= {"moe_dispatch.testing"} if "/judged/" in name else set()
         modules = {module for module in imports(source) if module.split(".")[0] == "moe_dispatch"}
         inside = {module for module in modules if module not in doors and module.rpartition(".")[0] not in doors}
         assert inside == set(), name
@@ -124,7 +125,8 @@ def test_others_are_imported_in_the_rooms_of_their_slots(name: str) -> None:
     }
     for other, of_other in rooms.items():
         assert name.startswith(of_other) or not any(module.split(".")[0] == other for module in imports(FILES[name]))
-    of_any = sum(rooms.values(), ())
+    # The last imports ours, when it is asked for a model of Transformers.
+    of_any = sum(rooms.values(), ("moe_dispatch/lab/validate/hf.py",))
     assert name.startswith(of_any) or not any(".integrations" in module for module in imports(FILES[name]))
 
 

@@ -14,10 +14,12 @@ class Layout:
         sp: sequence-parallel ranks.
         tp: tensor-parallel ranks.
         ep: expert-parallel ranks, as ``build_mesh`` takes all of them.
-        documents: (real tokens, places) of each, packed end to end into one row; none where each row is one.
+        lengths: of the sequence on each "sp" rank; none where they are balanced.
+        documents: (real tokens, places) of each, packed end to end, row after row; none where each row is one.
+        left_padding: how many tokens at the start of each row are padding; none where no token is.
         window: how many keys back a query sees, -1 for all.
 
-    A subject may have no use for ``documents`` and ``window``.
+    A subject may have no use for ``lengths``, ``documents``, ``left_padding`` and ``window``.
     """
 
     batch: int
@@ -26,7 +28,9 @@ class Layout:
     sp: int = 1
     tp: int = 1
     ep: int = 1
+    lengths: tuple[int, ...] = ()
     documents: tuple[tuple[int, int], ...] = ()
+    left_padding: tuple[int, ...] = ()
     window: int = -1
 
     @property
@@ -43,6 +47,6 @@ class Layout:
         return f"dp {self.dp}, sp {self.sp}, tp {self.tp}, ep {self.ep}"
 
     @property
-    def data(self) -> tuple[int, int, tuple[tuple[int, int], ...], int]:
+    def data(self) -> tuple[int, int, tuple[tuple[int, int], ...], tuple[int, ...], int]:
         """What one process needs to know. Layouts with the same have the same reference."""
-        return self.batch, self.seq, self.documents, self.window
+        return self.batch, self.seq, self.documents, self.left_padding, self.window

@@ -134,11 +134,11 @@ def problem_of_names(whole: nn.Module, share: nn.Module) -> str:
 
 
 def whole_gradients(subject: Subject, model: nn.Module, layout: Layout, mesh: ParallelMesh) -> dict[str, Tensor]:
-    """Every parameter's whole gradient, in float64 on the CPU, on every rank; NaN where a parameter has none.
+    """Every parameter's whole gradient, in float64 on the CPU, on every rank; NaN where one that learns has none.
     Collective."""
     gradients = {}
     for name, parameter in named_parameters(model):
-        gradient = _gradient_or(torch.nan, parameter)
+        gradient = _gradient_or(torch.nan if parameter.requires_grad else 0.0, parameter)
         if is_dtensor(gradient):
             gradient = _full(gradient)
         gradients[name] = subject.whole_gradient(name, gradient.detach(), layout, mesh).cpu().double()

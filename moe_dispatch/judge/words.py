@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -45,7 +46,7 @@ def words_of(
         return ()
     told = list(_of_noise(reference))
     if not by_quantity["logits"].agrees:
-        told += _of_logits(found, reference.training, by_quantity["logits"].tolerance)
+        told += _of_logits(found, reference.training, by_quantity["logits"].tolerance, layout)
     if not by_quantity["loss"].agrees:
         limit = by_quantity["loss"].tolerance
         told += _of_loss(found.training, reference.training, Finding(layout, lambda off: abs(off) <= 10 * limit))
@@ -72,7 +73,7 @@ def _of_noise(reference: Reference) -> Iterator[str]:
         )
 
 
-def _of_logits(found: OnMesh, wanted: Training, limit: float) -> Iterator[str]:
+def _of_logits(found: OnMesh, wanted: Training, limit: float, layout: Layout) -> Iterator[str]:
     """Whose tokens agree."""
     got_BLV, wanted_BLV = found.training.logits_BLV, wanted.logits_BLV
     if got_BLV.shape != wanted_BLV.shape:
@@ -84,7 +85,9 @@ def _of_logits(found: OnMesh, wanted: Training, limit: float) -> Iterator[str]:
     ranks = rank_BL.unique().tolist()
     right = [rank for rank in ranks if agrees_BL[rank_BL == rank].all()]
     places_L = agrees_BL.all(0)
-    if right:
+    if of_data := _of_rows_that_agree(agrees_BL, layout):
+        yield of_data
+    elif right:
         yield f"logits agree on the tokens of rank{'s' * (len(right) > 1)} {', '.join(map(str, right))} only"
     elif not agrees_BL.any():
         yield "logits differ at every token"
@@ -92,6 +95,20 @@ def _of_logits(found: OnMesh, wanted: Training, limit: float) -> Iterator[str]:
         yield f"logits agree at the first {int(places_L.int().cumprod(0).sum())} places of each row"
     else:
         yield f"logits agree at {int(agrees_BL.sum())} of {agrees_BL.numel()} tokens"
+
+
+def _of_rows_that_agree(agrees_BL: Tensor, layout: Layout) -> str:
+    """Whether what agrees is what padding, or documents before, cannot reach; empty where it is not."""
+    unpadded = [pads == 0 for pads in layout.left_padding]
+    if any(unpadded) and agrees_BL.all(1).tolist() == unpadded:
+        return "logits differ in rows with padding only: it is attended to, or its mask is lost"
+    places, starts = [room for _, room in layout.documents], range(0, agrees_BL.numel() + 1, layout.seq)
+    ends = list(accumulate(places))
+    first = [[start in starts] * room for start, room in zip([0, *ends], places, strict=False)]
+    first_BL = torch.tensor([x for part in first for x in part], device="cpu")
+    if places and not first_BL.all() and torch.equal(agrees_BL.flatten(), first_BL):
+        return "logits agree in the first document of each row only: documents attend to those before them"
+    return ""
 
 
 def _of_loss(found: Training, wanted: Training, finding: Finding) -> Iterator[str]:
@@ -130,6 +147,8 @@ def _ratio(got: Tensor, right: Tensor, limit: float, finding: Finding) -> str:
         return ""
     if not got.any():
         return "are 0: no gradient comes back to them"
+    if _same_on_each_rank(got, finding.layout.ep, 10 * limit * scale):
+        return "are the same on every rank of ep: summed over ranks that hold other experts"
     ratio = ((got * right).sum() / (right * right).sum()).item()
     if ((got - ratio * right).abs() > 10 * limit * scale * max(ratio, 1)).any():
         return ""
@@ -138,6 +157,14 @@ def _ratio(got: Tensor, right: Tensor, limit: float, finding: Finding) -> str:
     if count := finding.count(1 / ratio if ratio else 0.0):
         return f"are 1/{count} of the reference: averaged over ranks instead of summed"
     return f"are {ratio:.3g} times the reference"
+
+
+def _same_on_each_rank(got: Tensor, ep: int, limit: float) -> bool:
+    """Whether all shares of experts are one and the same."""
+    if ep == 1 or not got.ndim or len(got) % ep:
+        return False
+    first, *others = got.chunk(ep)
+    return all(((part - first).abs() <= limit).all() for part in others)
 
 
 def _named(names: Sequence[str], *, of: int) -> str:

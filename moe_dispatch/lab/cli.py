@@ -16,7 +16,12 @@ from .desk.provenance import versions
 from .forecast.arguments import add_plan
 from .validate.arguments import add_validate
 
-MODULES_OF_EXTRA = (("cli", ("numpy", "pydantic", "rich")), ("plot", ("matplotlib",)))
+# What needs it: the option of a command, "" for each command.
+MODULES_OF_EXTRA = (
+    ("cli", "", ("numpy", "pydantic", "rich")),
+    ("plot", "plot", ("matplotlib",)),
+    ("hf", "hf", ("transformers",)),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -73,9 +78,9 @@ def _without_stdout(error: OSError) -> int:
 
 def _missing_extra(arguments: argparse.Namespace) -> str:
     """What to install before the command can run; empty where nothing is missing."""
-    for extra, modules in MODULES_OF_EXTRA:
+    for extra, option, modules in MODULES_OF_EXTRA:
         missing = [name for name in modules if find_spec(name) is None]
-        if missing and (extra == "cli" or arguments.plot):
+        if missing and (not option or getattr(arguments, option, None)):
             return (
                 f"{' and '.join(missing)} cannot be imported, which this command needs; "
                 f'run: pip install "moe-dispatch[{extra}]"'

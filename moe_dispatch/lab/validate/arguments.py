@@ -10,7 +10,7 @@ from ..desk.options import add_json, add_plot, add_timeout
 if TYPE_CHECKING:
     from .command import Job, Listing, Refusal
 
-DEFAULT, DEFAULT_OF_SUBJECTS = "deepseek_v3_debug", "matrix"
+DEFAULT, DEFAULT_OF_SUBJECTS, DEFAULT_OF_HF = "deepseek_v3_debug", "matrix", "transformers"
 DESCRIPTION = (
     "Train a small DeepSeek-style model, or yours, on real text under every row of a matrix of data, sequence, "
     "tensor and expert parallelism, and compare logits, loss, gradients and the loss curve with one process. The "
@@ -30,13 +30,20 @@ def add_validate(commands: Any) -> None:
         nargs="?",
         default="",
         help=f"a TOML file, or the name of a packaged one, e.g. tiny (default: {DEFAULT}; with --subject: "
-        f"{DEFAULT_OF_SUBJECTS})",
+        f"{DEFAULT_OF_SUBJECTS}; with --hf: {DEFAULT_OF_HF})",
     )
-    parser.add_argument(
+    subjects = parser.add_mutually_exclusive_group()
+    subjects.add_argument(
         "--subject",
         metavar="FILE.py:NAME",
         help="judge this model instead of the small DeepSeek-style one: a class or object of a file, or of a package "
         "(PACKAGE.MODULE:NAME); docs/subjects.md says what it needs",
+    )
+    subjects.add_argument(
+        "--hf",
+        metavar="NAME_OR_JSON_OR_FOLDER",
+        help="judge a causal MoE model of Transformers: a model type, e.g. qwen3_moe, or a config.json, both shrunk "
+        "to a debug size; or a folder with weights, as it is",
     )
     parser.add_argument(
         "--text", metavar="FILE", type=Path, help="train on this file (default: Python's own help texts)"
@@ -60,5 +67,6 @@ def add_validate(commands: Any) -> None:
 def _prepare(arguments: argparse.Namespace) -> "Job | Listing | Refusal":
     from .command import prepare  # needs the extra "cli"
 
-    arguments.config = arguments.config or (DEFAULT_OF_SUBJECTS if arguments.subject else DEFAULT)
+    if not arguments.config:
+        arguments.config = DEFAULT_OF_HF if arguments.hf else DEFAULT_OF_SUBJECTS if arguments.subject else DEFAULT
     return prepare(arguments)

@@ -18,7 +18,8 @@ from ..desk.packaged import find_config
 from ..desk.provenance import provenance, versions
 from ..desk.ranks.launch import Launched, Ranks, find_launched, find_ranks
 from .config.load import load_config, load_matrix
-from .config.tables import MatrixConfig
+from .config.tables import HfConfig, MatrixConfig, SubjectConfig
+from .hf import HfSource, rows_of_hf
 from .matrix import run_matrix, run_mutants
 from .mutants.mutants import MUTANTS
 from .rows import Row
@@ -36,6 +37,7 @@ class Job:
 
     Attributes:
         name: of the config.
+        notes: what the model is, and why rows of the config do not run with it.
         mutant: name of the known bug to run with; empty for none.
         all_mutants: run with each known bug in turn.
         json, plot: files to write.
@@ -45,6 +47,7 @@ class Job:
     name: str
     config: MatrixConfig
     rows: Sequence[Row]
+    notes: Sequence[str]
     text: Corpus
     ranks: Ranks
     mutant: str
@@ -59,9 +62,8 @@ class Job:
         if run.stop.reason:
             tell(run.stop.reason, run.status)
         if self.ranks.is_main and self.json:
-            write_run(
-                self.json, document_of(self.config, run, text=self.text, subject=self.subject, origin=self.origin)
-            )
+            about = {"subject": self.subject, "notes": list(self.notes)}
+            write_run(self.json, document_of(self.config, run, text=self.text, about=about, origin=self.origin))
         if self.ranks.is_main and self.plot and isinstance(run, MatrixRun) and not run.stop.reason:
             from .shown.plot import write_plot  # needs the extra "plot"
 
@@ -83,7 +85,7 @@ class Job:
             run = run_matrix(self.config, self.rows, self.text, mutant=self.mutant, ranks=self.ranks, watcher=display)
         if self.ranks.is_main and (run.rows or not run.stop.reason):
             console = output_console(json=self.json)
-            print_matrix(console, run)
+            print_matrix(console, run, notes=self.notes)
             if run.mutant:
                 print_lines(console, [_mutant_line(run)])
         return run
@@ -105,12 +107,13 @@ class Listing:
 
     config: MatrixConfig
     rows: Sequence[Row]
+    notes: Sequence[str]
     is_main: bool
 
     def run(self) -> int:
         """The exit status, 0."""
         if self.is_main:
-            print_rows(output_console(), self.config, self.rows)
+            print_rows(output_console(), self.config, self.rows, notes=self.notes)
         return FINE
 
 
@@ -147,14 +150,14 @@ def prepare(arguments: argparse.Namespace) -> Job | Listing | Refusal:
 
 
 def _job(arguments: argparse.Namespace, launched: Launched | None) -> Job | Listing:
-    path, config, rows = _config_and_rows(arguments)
+    path, config, rows, notes = _config_and_rows(arguments)
     dtypes = chosen_names(arguments.dtypes, config.dtypes, what="dtype")
     config = replace(config, dtypes=tuple(dtype for dtype in config.dtypes if dtype in dtypes))
     rows = _chosen_rows(arguments, rows)
     if arguments.list:
         if arguments.json or arguments.plot:
             raise ValueError("--list runs nothing that could be written; leave out --json and --plot")
-        return Listing(config=config, rows=rows, is_main=not (launched and launched.rank))
+        return Listing(config=config, rows=rows, notes=notes, is_main=not (launched and launched.rank))
     text = _text(arguments.text, rows, steps=config.train.steps)
     if arguments.plot:
         from ..desk.plots import check_plot  # needs the extra "plot"
@@ -169,6 +172,7 @@ def _job(arguments: argparse.Namespace, launched: Launched | None) -> Job | List
         name=path.stem,
         config=config,
         rows=rows,
+        notes=notes,
         text=text,
         ranks=find_ranks(launched, size=config.ranks, facts=facts, timeout=arguments.timeout),
         mutant=arguments.mutant or "",
@@ -179,14 +183,19 @@ def _job(arguments: argparse.Namespace, launched: Launched | None) -> Job | List
     )
 
 
-def _config_and_rows(arguments: argparse.Namespace) -> tuple[Path, MatrixConfig, Sequence[Row]]:
-    if arguments.subject is None:
-        path = find_config(arguments.config, tool="validate")
-        of_debug_model = load_config(path)
-        return path, of_debug_model, debug_rows(of_debug_model)
-    path = find_config(arguments.config, tool="subjects")
-    config = load_matrix(path)
-    return path, config, rows_of_user(config, UserSource.of(arguments.subject))
+def _config_and_rows(arguments: argparse.Namespace) -> tuple[Path, MatrixConfig, Sequence[Row], Sequence[str]]:
+    """The config's file, what is in it, its rows, and notes on them."""
+    if arguments.hf is not None:
+        path = find_config(arguments.config, tool="subjects")
+        of_hf = load_matrix(path, HfConfig)
+        return path, of_hf, *rows_of_hf(of_hf, HfSource.of(arguments.hf))
+    if arguments.subject is not None:
+        path = find_config(arguments.config, tool="subjects")
+        of_user = load_matrix(path, SubjectConfig)
+        return path, of_user, rows_of_user(of_user, UserSource.of(arguments.subject)), ()
+    path = find_config(arguments.config, tool="validate")
+    of_debug_model = load_config(path)
+    return path, of_debug_model, debug_rows(of_debug_model), ()
 
 
 def _chosen_rows(arguments: argparse.Namespace, rows: Sequence[Row]) -> Sequence[Row]:

@@ -9,7 +9,8 @@ from ...judge.subject import Subject
 
 
 class Source(Hashable, Protocol):
-    """Where a subject comes from: every process makes its own. Equal sources make equal subjects."""
+    """Where a subject comes from: every process makes its own. Equal sources make subjects that are equal in one
+    process."""
 
     @property
     def is_users(self) -> bool:

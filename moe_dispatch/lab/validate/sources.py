@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from ...judge.subject import Subject, problem_of_subject
-from .config.tables import MatrixConfig, ModelConfig, ValidateConfig
+from .config.tables import ModelConfig, SubjectConfig, ValidateConfig
 from .debug_model.subject import DebugSubject
 from .rows import Row
 
@@ -93,7 +93,7 @@ def debug_rows(config: ValidateConfig) -> list[Row]:
     return rows
 
 
-def rows_of_user(config: MatrixConfig, source: UserSource) -> Sequence[Row]:
+def rows_of_user(config: SubjectConfig, source: UserSource) -> Sequence[Row]:
     """The rows of a user's subject."""
     return [
         Row(name=row.name, source=source, layout=row.layout, one_head=False, special=", ".join(row.special()))

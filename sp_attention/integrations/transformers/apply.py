@@ -57,6 +57,11 @@ def _problem(model: Any) -> str:
     config = model.config.get_text_config()
     if config._attn_implementation in (NAME, NAME_APART):
         return f"{kind} attends over ranks already; apply_sequence_parallel takes a model once"
+    return problem_of_layers(config)
+
+
+def problem_of_layers(config: Any) -> str:
+    """Which layers of a model do not attend to whole sequences, by the config of its text; empty where all do."""
     others = sorted(set(getattr(config, "layer_types", None) or LAYERS) - set(LAYERS))
     if others:
         return (

@@ -12,6 +12,7 @@ BYPASSED = (
     "it does not attend through AttentionInterface and AttentionMaskInterface, so its attention cannot be cut over "
     "ranks"
 )
+CANNOT_BE_ASKED = "it cannot be asked which mask it makes, so its attention cannot be cut over ranks"
 
 
 class _Answer(Exception):
@@ -32,7 +33,7 @@ def keeps_documents_apart(model: Any) -> bool:
     """Whether the model makes a mask per document where position ids start anew.
 
     Raises:
-        ValueError: a model that asks for no mask, or for one that is not causal.
+        ValueError: a model that asks for no mask, or for one that is not causal; or whose code fails when asked.
     """
     before = model.config._attn_implementation
     AttentionInterface.register(NAME, _tell_none)
@@ -66,4 +67,6 @@ def _mask_function(model: Any) -> Any:
             type(inner).forward(inner, inputs_embeds=x_BLD, position_ids=position_BL, use_cache=False)
     except _Answer as answer:
         return answer.mask_function
+    except Exception as error:  # of any type: it is the model's own code
+        raise ValueError(f"{CANNOT_BE_ASKED} ({type(error).__name__}: {error})") from error
     return None

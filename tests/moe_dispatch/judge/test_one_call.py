@@ -5,9 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+from moe_dispatch import ParallelMesh
 from moe_dispatch.testing import Comparison, Layout, RankPool, compare_with_one_process
-from tests.support.judge.small import Small
+from tests.support.judge.small import Model, Small
 from tests.support.ranks import refusal
 
 LAYOUT = Layout(dp=2, sp=2, ep=2, batch=3, seq=7)
@@ -45,6 +47,26 @@ def test_a_right_model_agrees(rank_pool: RankPool, layout: Layout, dtype: torch.
 
 def test_parameters_keep_their_names_inside_of_wrappers(rank_pool: RankPool) -> None:
     assert on_ranks(rank_pool, Small(is_wrapped=True)).agrees
+
+
+class Frozen(Small):
+    """Its positions do not learn, here and there; or, by mistake, over ranks only."""
+
+    def whole(self, layout: Layout) -> Model:
+        model = super().whole(layout)
+        model.position.weight.requires_grad_(bool(self.mistake))
+        return model
+
+    def share(self, whole: nn.Module, layout: Layout, mesh: ParallelMesh) -> Model:
+        model = super().share(whole, layout, mesh)
+        model.position.weight.requires_grad_(False)
+        return model
+
+
+def test_what_does_not_learn_has_no_gradient_in_both(rank_pool: RankPool) -> None:
+    assert on_ranks(rank_pool, Frozen()).agrees
+    found = on_ranks(rank_pool, Frozen("frozen over ranks"))
+    assert "gradients of position.weight are 0: no gradient comes back to them" in found.words
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,9 @@ def test_pages_show_the_table_of_validate(page: Path, least: int) -> None:
     assert len(matches) == least
     console = Console(file=io.StringIO(), width=WIDTH)
     whole = [match for line in lines_of(VALIDATE) if (match := ROW.fullmatch(line))]
-    print_matrix(console, MatrixRun(mutant="", planned=29, references=(ONE,), rows=tuple(map(row_of, whole))))
+    print_matrix(
+        console, MatrixRun(mutant="", planned=29, references=(ONE,), rows=tuple(map(row_of, whole))), notes=()
+    )
     table = [line for line in printed(console) if line]
     assert table[-1] == "29 of 29 rows agree"
     assert {match[0] for match in matches} <= set(table)

@@ -1,11 +1,13 @@
 """From a TOML file to the tables of a validate run, or to all that is wrong with it."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ...desk.config_file import checked, read_toml, refusal
 from .rules import broken_rules, broken_rules_of_matrix
-from .tables import MatrixConfig, ValidateConfig
+from .tables import HfConfig, SubjectConfig, ValidateConfig
+
+Matrix = TypeVar("Matrix", SubjectConfig, HfConfig)
 
 # A row without one of these keys takes the value of this table.
 DEFAULT_OF_ROW = (("batch", "train"), ("seq", "train"))
@@ -26,13 +28,19 @@ def load_config(path: Path) -> ValidateConfig:
     return config
 
 
-def load_matrix(path: Path) -> MatrixConfig:
-    """:func:`load_config` of any other subject: without ``[model]``."""
+def load_matrix(path: Path, kind: type[Matrix]) -> Matrix:
+    """:func:`load_config` of any other subject: without ``[model]``.
+
+    Args:
+        kind: which rows it has.
+    """
     table = read_toml(path)
     if "model" in table:
-        raise refusal(path, ["[model] is of the debug model, not of a subject; leave it out, or leave out --subject"])
+        raise refusal(
+            path, ["[model] is of the debug model, not of a subject; leave it out, or leave out --subject and --hf"]
+        )
     _fill_rows(table, DEFAULT_OF_ROW)
-    config = checked(MatrixConfig, table, path, entry="row")
+    config = checked(kind, table, path, entry="row")
     if problems := broken_rules_of_matrix(config):
         raise refusal(path, problems)
     return config

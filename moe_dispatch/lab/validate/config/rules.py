@@ -2,9 +2,20 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from itertools import accumulate
 from typing import Any
 
-from .tables import DebugRowConfig, MatrixConfig, ModelConfig, RowConfig, ValidateConfig
+from .tables import (
+    DebugRowConfig,
+    HfConfig,
+    HfRowConfig,
+    MatrixConfig,
+    ModelConfig,
+    RowConfig,
+    SubjectConfig,
+    SubjectRowConfig,
+    ValidateConfig,
+)
 
 DTYPES = ("float32", "float64")
 
@@ -14,16 +25,16 @@ def broken_rules(config: ValidateConfig) -> list[str]:
     return [*_of_model(config.model), *_of_matrix(config, lambda row: _of_debug_row(row, config))]
 
 
-def broken_rules_of_matrix(config: MatrixConfig) -> list[str]:
+def broken_rules_of_matrix(config: SubjectConfig | HfConfig) -> list[str]:
     """:func:`broken_rules` of any subject, whose sizes only it knows."""
-    return list(_of_matrix(config, lambda row: ()))
+    return list(_of_matrix(config, _of_subject_row))
 
 
 def _of_matrix(config: MatrixConfig, of_subject: Callable[[Any], Iterable[str]]) -> Iterator[str]:
     yield from _of_dtypes(config)
     names = Counter(row.name for row in config.rows)
     for index, row in enumerate(config.rows):
-        of_row = [*_of_row(row, config), *of_subject(row), *_of_documents(row)]
+        of_row = [*_of_row(row, config), *of_subject(row), *_of_documents(row.documents)]
         if names[row.name] > 1:
             of_row.append(f"name is used {names[row.name]} times; give each row its own name")
         for problem in of_row:
@@ -101,17 +112,58 @@ def _of_debug_row(row: DebugRowConfig, config: ValidateConfig) -> Iterator[str]:
                 f"tp is {row.tp}; it cuts {key} = {value} into equal parts, so it has to divide it: "
                 f"set {key} = {value + row.tp - value % row.tp}, or another tp"
             )
+    yield from _of_packing(row)
 
 
-def _of_documents(row: RowConfig) -> Iterator[str]:
+def _of_subject_row(row: SubjectRowConfig) -> Iterator[str]:
+    places = [room for _, room in row.documents]
+    if places and not {row.seq * (i + 1) for i in range(row.batch)} <= set(accumulate(places)):
+        yield (
+            f"documents take {places} places of batch = {row.batch} rows of seq = {row.seq}; they are packed end to "
+            "end, and one has to end where a row does"
+        )
+    elif sum(places) > row.batch * row.seq:
+        yield f"documents take {sum(places)} places; there are batch * seq = {row.batch * row.seq}"
+    if row.lengths and (len(row.lengths) != row.sp or sum(row.lengths) != row.seq or min(row.lengths) < 0):
+        yield (
+            f"lengths is {list(row.lengths)}; it has a length of at least 0 for each of sp = {row.sp} ranks, which "
+            f"add up to seq = {row.seq}: e.g. leave it out, or lengths = {[row.seq, *[0] * (row.sp - 1)]}"
+        )
+    if row.left_padding and (
+        len(row.left_padding) != row.batch or not all(0 <= pads < row.seq for pads in row.left_padding)
+    ):
+        yield (
+            f"left_padding is {list(row.left_padding)}; it has a number for each of batch = {row.batch} rows, from 0 "
+            f"to below seq = {row.seq}: e.g. left_padding = {[0] * row.batch}"
+        )
+    if isinstance(row, HfRowConfig):
+        yield from _of_hf_row(row)
+
+
+def _of_hf_row(row: HfRowConfig) -> Iterator[str]:
+    if row.tp > 1:
+        yield f"tp is {row.tp}; Transformers' models are not cut over tp here: set tp = 1, and dp or sp to {row.tp}"
+    if row.window >= 0:
+        yield f"window is {row.window}; the model has its own windows: leave it out"
+    if row.documents and row.left_padding:
+        yield "documents are found where there is no padding: leave out documents or left_padding"
+    if any(tokens != places for tokens, places in row.documents):
+        yield f"documents is {list(map(list, row.documents))}; Transformers packs without padding: tokens = places"
+
+
+def _of_packing(row: RowConfig) -> Iterator[str]:
+    """Of the debug model."""
     places = sum(room for _, room in row.documents)
     if row.documents and (row.batch != 1 or row.seq != places):
         yield (
             f"documents take {places} places of batch = {row.batch} rows of seq = {row.seq}; they are packed into "
             f"one row: set batch = 1 and seq = {places}"
         )
-    if any(not 0 <= tokens <= room for tokens, room in row.documents):
-        yield f"documents is {list(map(list, row.documents))}; each is [tokens, places], with 0 <= tokens <= places"
+
+
+def _of_documents(documents: tuple[tuple[int, int], ...]) -> Iterator[str]:
+    if any(not 0 <= tokens <= room for tokens, room in documents):
+        yield f"documents is {list(map(list, documents))}; each is [tokens, places], with 0 <= tokens <= places"
 
 
 def _mesh_that_works(row: RowConfig, ranks: int) -> str:

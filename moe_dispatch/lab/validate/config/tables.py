@@ -1,5 +1,6 @@
 """The config of a validate run: which keys there are."""
 
+from dataclasses import replace
 from typing import Literal
 
 from pydantic import Field
@@ -69,7 +70,7 @@ class ToleranceConfig:
 class RowConfig:
     """One row of the matrix: dp x sp x tp ranks, groups of ``ep`` of them share the experts; B, L global.
 
-    ``documents``, each [real tokens, places], are packed end to end into one row; without them each row is one. A
+    ``documents``, each [real tokens, places], are packed end to end, row after row; without them each row is one. A
     query sees ``window`` keys back, all of them for -1.
     """
 
@@ -109,6 +110,32 @@ class RowConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
+class SubjectRowConfig(RowConfig):
+    """A row of any subject: the sequence in ``lengths`` over "sp", balanced where they are left out; the first
+    ``left_padding`` tokens of each row are padding."""
+
+    lengths: tuple[int, ...] = Field(default=(), description="a list of numbers", examples=["[20, 0, 13, 0]"])
+    left_padding: tuple[int, ...] = Field(default=(), description="a list of numbers", examples=["[0, 9]"])
+
+    @property
+    def layout(self) -> Layout:
+        return replace(RowConfig.layout.__get__(self), lengths=self.lengths, left_padding=self.left_padding)
+
+    def special(self) -> list[str]:
+        padding = [f"left padding {', '.join(map(str, self.left_padding))}"] if self.left_padding else []
+        return [*RowConfig.special(self), *padding]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
+class HfRowConfig(SubjectRowConfig):
+    """A row of a Transformers model: rows travel to experts by this library, or by Transformers' own all-to-all."""
+
+    ep_implementation: Literal["moe_dispatch", "all_to_all"] = Field(
+        default="moe_dispatch", examples=['"all_to_all"']
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
 class DebugRowConfig(RowConfig):
     """A row of the debug model, with the number of its heads."""
 
@@ -126,6 +153,20 @@ class MatrixConfig:
     train: TrainConfig = Field(description="a table", examples=["[train]"])
     tolerance: dict[str, ToleranceConfig] = Field(description="a table per dtype", examples=["[tolerance.float64]"])
     rows: tuple[RowConfig, ...] = Field(min_length=1, description="a list of tables", examples=["[[rows]]"])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
+class SubjectConfig(MatrixConfig):
+    """A run of a user's subject."""
+
+    rows: tuple[SubjectRowConfig, ...] = Field(min_length=1, description="a list of tables", examples=["[[rows]]"])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
+class HfConfig(MatrixConfig):
+    """A run of a Transformers model."""
+
+    rows: tuple[HfRowConfig, ...] = Field(min_length=1, description="a list of tables", examples=["[[rows]]"])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)

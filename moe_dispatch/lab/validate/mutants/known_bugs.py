@@ -146,7 +146,9 @@ def labels_shifted_in_shard(right: Right) -> Wrong:
         sharded = right(completed, batch, sharding, rank)
         target_Bl = torch.full_like(sharded.target_Bl, batch.ignore_index)
         target_Bl[:, :-1] = sharded.token_Bl[:, 1:]
-        return replace(sharded, target_Bl=target_Bl)
+        # The targets of a Transformers model are a field, as they are shifted before.
+        fields = {name: target_Bl if name == "target" else x for name, x in sharded.fields.items()}
+        return replace(sharded, target_Bl=target_Bl, fields=fields)
 
     return part
 

@@ -24,8 +24,9 @@ BELOW = "; --json has all"
 VERDICTS = ("agrees", "disagreeing", "could_show", "caught")
 
 
-def print_matrix(console: Console, run: MatrixRun) -> None:
-    """The table of a run, a line for each quantity that differs and each row that broke off, and the verdict."""
+def print_matrix(console: Console, run: MatrixRun, *, notes: Sequence[str]) -> None:
+    """The table of a run, a line for each quantity that differs and each row that broke off, notes, and the
+    verdict."""
     table = FittingTable(
         *("row", MESH, "B x L", "dtype", *QUANTITIES, "verdict", "s"),
         first_to_go=(
@@ -48,7 +49,7 @@ def print_matrix(console: Console, run: MatrixRun) -> None:
     for row in run.rows:
         table.add_row(*_cells(row))
     table.print(console)
-    print_lines(console, _disagreements(run.rows))
+    print_lines(console, [*_disagreements(run.rows), *notes])
     print_verdict(console, run.verdict, fine=run.agrees)
 
 
@@ -77,27 +78,38 @@ def print_mutants(console: Console, run: MutantsRun) -> None:
     print_verdict(console, run.verdict, fine=run.all_caught)
 
 
-def print_rows(console: Console, config: MatrixConfig, rows: Sequence[Row]) -> None:
+def print_rows(console: Console, config: MatrixConfig, rows: Sequence[Row], *, notes: Sequence[str]) -> None:
     """The table of rows that would run: their meshes and data."""
     table = FittingTable("row", MESH, "B x L", "data", first_to_go=("data", "B x L", MESH))
     for row in rows:
         layout = row.layout
-        table.add_row(Text(row.name), _mesh(layout.mesh), f"{layout.batch} x {layout.seq}", row.special)
+        lengths = f"lengths {', '.join(map(str, layout.lengths))}" if layout.lengths else ""
+        data = ", ".join(filter(None, (row.special, lengths)))
+        table.add_row(Text(row.name), _mesh(layout.mesh), f"{layout.batch} x {layout.seq}", data)
     table.print(console)
     runs = f"{len(rows)} row{'' if len(rows) == 1 else 's'} in {' and '.join(config.dtypes)}"
-    print_lines(console, [f"{runs}, each on {config.ranks} ranks"])
+    print_lines(console, [*notes, f"{runs}, each on {config.ranks} ranks"])
 
 
 def document_of(
-    config: MatrixConfig, run: MatrixRun | MutantsRun, *, text: Corpus, subject: str, origin: Mapping[str, str]
+    config: MatrixConfig,
+    run: MatrixRun | MutantsRun,
+    *,
+    text: Corpus,
+    about: Mapping[str, Any],
+    origin: Mapping[str, str],
 ) -> dict[str, Any]:
-    """All of a run: how it ended, where it was made, its config and text, and every number of every row."""
+    """All of a run: how it ended, where it was made, its config and text, and every number of every row.
+
+    Args:
+        about: the subject, and notes on it.
+    """
     return {
         "passed": run.agrees if isinstance(run, MatrixRun) else run.all_caught,
         **outcome(run.status, run.stop.reason),
         **origin,
         "text": {"name": text.name, "bytes": text.size, "used_bytes": text.used, "sha256_of_used": text.digest},
-        "subject": subject,
+        **about,
         "config": asdict(config),
         "verdict": run.verdict,
         **{key: _plain(value) for key, value in _fields(run).items() if key != "stop"},

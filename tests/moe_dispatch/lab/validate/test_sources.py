@@ -8,6 +8,7 @@ from moe_dispatch.lab import cli
 from moe_dispatch.lab.desk.config_file import ConfigError
 from moe_dispatch.lab.validate import matrix
 from moe_dispatch.lab.validate.config.load import load_matrix
+from moe_dispatch.lab.validate.config.tables import SubjectConfig
 from moe_dispatch.lab.validate.matrix import run_matrix, run_mutants
 from moe_dispatch.lab.validate.mutants.mutants import MUTANTS
 from moe_dispatch.lab.validate.run import run_reference_of
@@ -19,7 +20,7 @@ from tests.support.lab.scripted_ranks import Script
 from tests.support.lab.small_matrix import QuietWatcher, UncoveredRanks
 
 EXAMPLE = f"{ROOT / 'examples/subject.py'}:MySubject"
-MATRIX = load_matrix(CONFIGS / "subjects" / "matrix.toml")
+MATRIX = load_matrix(CONFIGS / "subjects" / "matrix.toml", SubjectConfig)
 FUNCTIONS = """
 def whole(layout): ...
 def share(whole, layout, mesh): ...
@@ -143,4 +144,4 @@ def test_rules_of_meshes_hold_for_any_subject(tmp_path: Path) -> None:
     wrong = tmp_path / "wrong.toml"
     wrong.write_text(text.replace('name = "DP4 + EP4"\ndp = 4\nep = 4', 'name = "DP4 + EP4"\ndp = 2\nep = 3'))
     with pytest.raises(ConfigError, match=r'rows\[1\]\.dp \(row "DP4 \+ EP4"\) is 2, and dp \* sp \* tp = 2'):
-        load_matrix(wrong)
+        load_matrix(wrong, SubjectConfig)

@@ -31,14 +31,14 @@ def matrix(*rows: RowResult, mutant: str = "") -> MatrixRun:
 
 def document(run: MatrixRun | MutantsRun) -> dict[str, Any]:
     corpus = batches_of_bytes(b"abcdef", [(2, 3)], steps=1, name="t")
-    return report.document_of(CONFIG, run, text=corpus, subject="s", origin={"host": "h"})
+    return report.document_of(CONFIG, run, text=corpus, about={"subject": "s"}, origin={"host": "h"})
 
 
 def printed(run: MatrixRun | MutantsRun, width: int = WIDTH) -> list[str]:
     """What is printed for ``run``, line by line, runs of blanks as one."""
     console = Console(file=io.StringIO(), width=width)
     if isinstance(run, MatrixRun):
-        report.print_matrix(console, run)
+        report.print_matrix(console, run, notes=())
     else:
         report.print_mutants(console, run)
     assert isinstance(console.file, io.StringIO)
