@@ -167,7 +167,7 @@ def compiled_by_inductor(model: Any) -> Any:
     return compiled(model, "inductor")
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize(
     "wrapper", [wrap_layers, compiled, pytest.param(compiled_by_inductor, marks=pytest.mark.sweep)]
 )
