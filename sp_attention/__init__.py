@@ -10,6 +10,7 @@ Words for where a token is:
 
 from .attend.default import scaled_dot_product
 from .attend.flex import flex_attend
+from .batch.balance import balance
 from .batch.batch import Batch, ShardedBatch, gather_outputs
 from .batch.labels import shift_labels
 from .batch.loss import MeanLoss, count_targets, mean_cross_entropy, mean_loss
@@ -27,6 +28,7 @@ __all__ = [
     "Parallel",
     "ShardedBatch",
     "UlyssesAttention",
+    "balance",
     "count_targets",
     "flex_attend",
     "gather_outputs",

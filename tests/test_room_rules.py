@@ -29,6 +29,8 @@ LIBRARY = {
 # Arithmetic of this kind is index arithmetic; elsewhere it needs a reason to be here.
 INDEX_ARITHMETIC = {
     "moe_dispatch/layout/sharding.py": "which rank holds which token",
+    "moe_dispatch/layout/grid.py": "which rows and places each rank holds",
+    "moe_dispatch/layout/places.py": "where a place is among those that the ranks hold",
     "moe_dispatch/layout/partition.py": "the pieces themselves",
     "moe_dispatch/layout/stacked.py": "the tokens of all ranks",
     "moe_dispatch/layout/mesh.py": "sizes that divide the ranks",
@@ -111,7 +113,12 @@ def test_the_rooms_are_there() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["layout/sharding", "layout/partition", "layout/stacked", "plan/row_index", "plan/static_index"]
+    "name",
+    [
+        *(f"layout/{name}" for name in ("sharding", "grid", "places", "orders", "partition", "stacked")),
+        "plan/row_index",
+        "plan/static_index",
+    ],
 )
 def test_index_arithmetic_knows_no_process_groups_and_no_floats(name: str) -> None:
     source = FILES[f"moe_dispatch/{name}.py"]

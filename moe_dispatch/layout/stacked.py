@@ -16,13 +16,14 @@ def stacked_ranks(sharding: TokenSharding, device: torch.device | str) -> Tensor
 def stacked_tokens(sharding: TokenSharding, device: torch.device | str) -> Tensor:
     """(G,) global token of every held token."""
     rank_of_G, ranks = stacked_ranks(sharding, device), range(sharding.num_ranks)
-    outer_of_P, inner_of_P = zip(*map(sharding.corner, ranks), strict=True)
-    if sharding.order == "LB":
-        outer_of_P, inner_of_P = inner_of_P, outer_of_P
+    row_of_P, place_of_P = zip(*map(sharding.first, ranks), strict=True)
     lengths = [max(sharding.local_shape(rank)[1], 1) for rank in ranks]
     facts_P4 = torch.tensor(
-        list(zip(sharding.local_starts, lengths, outer_of_P, inner_of_P, strict=True)), device=device
+        list(zip(sharding.local_starts, lengths, row_of_P, place_of_P, strict=True)), device=device
     )
-    start_G, length_G, outer_G, inner_G = facts_P4.index_select(0, rank_of_G).unbind(1)
+    start_G, length_G, row_G, place_G = facts_P4.index_select(0, rank_of_G).unbind(1)
     local_G = torch.arange(len(rank_of_G), device=device) - start_G
-    return (outer_G + local_G // length_G) * sharding.global_shape[1] + inner_G + local_G % length_G
+    outer_G, inner_G = local_G // length_G, local_G % length_G
+    if sharding.order == "BL":
+        return (row_G + outer_G) * sharding.seq.total + sharding.places.place(place_G + inner_G)
+    return sharding.places.place(place_G + outer_G) * sharding.batch.total + row_G + inner_G

@@ -119,11 +119,21 @@ def together(parts: Sequence[Choices]) -> Choices:
 
 
 def tokens_of(sharding: TokenSharding, rank: int) -> Tensor:
-    """(t,) ``row * L + position`` of each of the rank's tokens, row after row, on the CPU; kept by the sharding."""
+    """(t,) ``row * L + position`` of each of the rank's tokens, row after row, and of each row in the order of the
+    rank's tensor; on the CPU, kept by the sharding."""
     return sharding.keep(
         (Choices, rank),
-        lambda: TokenSharding(batch=sharding.batch, seq=sharding.seq).select(sharding.rectangles).tokens(rank, "cpu"),
+        lambda: (
+            TokenSharding(batch=sharding.batch, seq=sharding.seq, held=sharding.held)
+            .select(sharding.rectangles)
+            .tokens(rank, "cpu")
+        ),
     )
+
+
+def ascending(sharding: TokenSharding, rank: int) -> tuple[Tensor, Tensor]:
+    """(t,) :func:`tokens_of` in ascending order, and (t,) where each of them is among those; kept by the sharding."""
+    return sharding.keep((Choices, rank, "ascending"), lambda: tokens_of(sharding, rank).sort())
 
 
 def flattened(expert_BlK: Tensor, sharding: TokenSharding) -> Tensor:

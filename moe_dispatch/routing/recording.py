@@ -6,7 +6,7 @@ from contextlib import ExitStack, contextmanager
 from torch import Tensor, nn
 
 from ..layout.sharding import TokenSharding
-from .choices import ID_DTYPE, Choices, flattened, tokens_of
+from .choices import ID_DTYPE, Choices, ascending, flattened
 from .record import RoutingRecord
 from .sites import Site, at_tap, sites_of
 
@@ -54,12 +54,13 @@ class Recording:
         self._seen.append((sharding, rank, flattened(expert_BlK.detach(), sharding).to(ID_DTYPE)))
 
     def choices(self) -> tuple[Choices, ...]:
-        return tuple(
-            Choices(
-                grid=(sharding.batch.total, sharding.seq.total),
-                num_experts=self._num_experts,
-                token_N=tokens_of(sharding, rank),
-                expert_NK=expert_tK.cpu(),
-            )
-            for sharding, rank, expert_tK in self._seen
+        return tuple(self._choices_of(*seen) for seen in self._seen)
+
+    def _choices_of(self, sharding: TokenSharding, rank: int, expert_tK: Tensor) -> Choices:
+        token_N, local_N = ascending(sharding, rank)
+        return Choices(
+            grid=(sharding.batch.total, sharding.seq.total),
+            num_experts=self._num_experts,
+            token_N=token_N,
+            expert_NK=expert_tK.cpu()[local_N],
         )

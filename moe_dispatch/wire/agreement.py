@@ -119,7 +119,9 @@ def exchange_texts(
     facts: str, problem: str, *, device: torch.device, group: dist.ProcessGroup
 ) -> list[tuple[bool, str]]:
     """What each rank says: (is it a problem, the text), in rank order."""
-    text = (problem or facts or "nothing to say").encode()[: TEXT_BYTES - 1]
+    text = (problem or facts or "nothing to say").encode()
+    if len(text) >= TEXT_BYTES:  # what differs may be in the rest
+        text = text[: TEXT_BYTES - 13] + f"... {crc32(text):08x}".encode()
     line = torch.zeros(TEXT_BYTES, dtype=torch.uint8, device="cpu")
     line[0] = bool(problem)
     line[1 : len(text) + 1] = torch.frombuffer(bytearray(text), dtype=torch.uint8)

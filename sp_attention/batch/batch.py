@@ -47,16 +47,17 @@ class Batch:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Chunk:
-    """Consecutive places of one rank's tokens, c of each row, in the order of the sharding; all views.
+    """Consecutive tokens of one rank, c of each row, in the order of its tensor; views, but for what is said.
 
     Attributes:
         token_Bc: (B, c) or (c, B).
         target_Bc: (B, c) or (c, B).
         position_Bc: (B, c) or (c, B), or that after a first dimension of 3.
         real_Bc: bool, False at padding.
-        attn_mask: (B or 1, N or 1, c or 1, L): the rows of these queries, all keys.
+        attn_mask: (B or 1, N or 1, c or 1, L): the rows of these queries, all keys. A copy where the rank holds
+            several runs of the sequence.
         fields: (B, c, ...) or (c, B, ...) each.
-        first_place: where the chunk starts in the whole sequence.
+        place_c: (c,) int64, where each token is in the whole sequence; made here.
     """
 
     token_Bc: Tensor
@@ -65,7 +66,7 @@ class Chunk:
     real_Bc: Tensor
     attn_mask: Tensor | None
     fields: Mapping[str, Tensor]
-    first_place: int
+    place_c: Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -113,16 +114,16 @@ class ShardedBatch:
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def chunks(self, size: int) -> Iterator[Chunk]:
-        """This rank's tokens in pieces of at most ``size`` places, as equal as can be: for work on single tokens that
-        should not need the memory of all of them.
+        """This rank's tokens in chunks of at most ``size`` of each row, as equal as can be: for work on single tokens
+        that should not need the memory of all of them.
 
-        Every rank has the same number of pieces, at least one; where shards are short some are empty. So a collective
-        per piece is safe.
+        Every rank has the same number of chunks, at least one; where shards are short some are empty. So a collective
+        per chunk is safe.
 
         Yields:
-            Views of consecutive places, c of each row: ``token_Bc``, ``target_Bc``, ``position_Bc`` and ``real_Bc``,
-            (B, c), or (c, B) for order "LB"; ``fields``, these places of each; ``attn_mask`` (B or 1, N or 1, c or 1,
-            L), the rows of these queries with all keys; ``first_place``, where the piece starts in the sequence.
+            Consecutive tokens of this rank, c of each row: ``token_Bc``, ``target_Bc``, ``position_Bc`` and
+            ``real_Bc``, (B, c), or (c, B) for order "LB"; ``fields`` of them; ``attn_mask`` (B or 1, N or 1, c or 1,
+            L), the rows of these queries with all keys; ``place_c``, where they are in the sequence.
 
         Raises:
             ValueError: a size below 1.
@@ -130,14 +131,15 @@ class ShardedBatch:
         if size < 1:
             raise ValueError(f"chunks of {size} places; size has to be at least 1")
         dim = token_dim(self.sharding)
-        pieces = max(len(range(0, max(self.sharding.seq.sizes), size)), 1)
-        cut = Partition.balanced(self.token_Bl.shape[dim], pieces)
-        # The batch is not cut, so a rank's rectangle is its piece of the sequence.
-        start_of_rank = self.sharding.seq.offsets[self.sharding.rectangles[self.rank]]
+        longest = max(self.sharding.extent(rank)[1] for rank in range(self.sharding.num_ranks))
+        cut = Partition.balanced(self.token_Bl.shape[dim], max(len(range(0, longest, size)), 1))
+        runs, device = self.sharding.runs(self.rank), self.token_Bl.device
+        place_l = torch.cat([torch.arange(*run, device=device) for run in runs])
         for start, count in zip(cut.offsets, cut.sizes, strict=True):
-            first_place, mask = start_of_rank + start, self.attn_mask
+            place_c, mask = place_l[start : start + count], self.attn_mask
             if mask is not None and mask.shape[2] > 1:
-                mask = mask.narrow(2, first_place, count)
+                one_run = len(runs) == 1
+                mask = mask.narrow(2, runs[0][0] + start, count) if one_run else mask.index_select(2, place_c)
             yield Chunk(
                 token_Bc=self.token_Bl.narrow(dim, start, count),
                 target_Bc=self.target_Bl.narrow(dim, start, count),
@@ -146,7 +148,7 @@ class ShardedBatch:
                 attn_mask=mask,
                 # Its tokens come first, so their dimension counts from the front.
                 fields={name: x.narrow(2 + dim, start, count) for name, x in self.fields.items()},
-                first_place=first_place,
+                place_c=place_c,
             )
 
 

@@ -125,6 +125,7 @@ class CompletedBatch:
         facts = {
             "sharding": f"batch {sharding.batch.sizes}, seq {sharding.seq.sizes}, order {sharding.order!r}, "
             f"ranks {sharding.rectangles}",
+            "pieces": sharding.places.text,
             "tokens": fingerprint(self.token_BL),
             "targets": fingerprint(self.target_BL),
             "ignore_index": f"{batch.ignore_index}",

@@ -132,9 +132,7 @@ class AttentionInputs:
         return (
             f"{self.q_BlNH.dtype}, widths {constants((q_shape[3], v_shape[3]))}, query heads "
             f"{constants(self.heads.query.sizes)}, {index(self.heads.num_kv)} key/value heads, "
-            f"{index(self.sharding.batch.total)} rows of {constants(self.sharding.seq.sizes)} tokens, order "
-            f"{self.sharding.order}, shards {constants(self.sharding.rectangles)}, keys "
-            f"{constants(self.kv_sharding.seq.sizes)}, shards {constants(self.kv_sharding.rectangles)}"
+            f"{index(self.sharding.batch.total)} rows of {told(self.sharding)}, keys {told(self.kv_sharding)}"
         )
 
     @property
@@ -172,6 +170,14 @@ class AttentionInputs:
 def most(values: list[T]) -> T:
     """The value that most are; the first of them where several are as many."""
     return max(values, key=values.count)
+
+
+def told(sharding: TokenSharding) -> str:
+    """Which tokens each rank holds."""
+    return (
+        f"{constants(sharding.seq.sizes)} tokens, order {sharding.order}, pieces {sharding.places.text}, shards "
+        f"{constants(sharding.rectangles)}"
+    )
 
 
 def constants(sizes: Iterable[int]) -> tuple[int, ...]:

@@ -35,7 +35,11 @@ class MeshBatch:
 
 
 def shard_over_mesh(
-    batch: Batch, mesh: ParallelMesh, lengths: Sequence[int] | None, group: dist.ProcessGroup
+    batch: Batch,
+    mesh: ParallelMesh,
+    lengths: Sequence[int] | None,
+    sharding: TokenSharding | None,
+    group: dist.ProcessGroup,
 ) -> MeshBatch:
     """See :meth:`Parallel.shard`."""
 
@@ -43,40 +47,63 @@ def shard_over_mesh(
         check_types(batch)
         if batch.token_BL.ndim != 2:
             raise ValueError(f"token_BL is {tuple(batch.token_BL.shape)}; it has to be (B, L)")
-        grid = _grid(batch, mesh, lengths)
-        whole = TokenSharding(batch=grid.batch.total, seq=grid.seq.total)
-        return CompletedBatch.of(batch, whole).facts(batch, grid), _part(batch, mesh, grid)
+        rows, length = batch.token_BL.shape
+        regions = _regions(rows, length, mesh, lengths, sharding)
+        completed = CompletedBatch.of(batch, TokenSharding(batch=rows, seq=length))
+        part = _part(batch, mesh, regions)
+        return completed.facts(batch, part.sharding), part
 
     return agreed_by_ranks(cut, batch, group)
 
 
-def _grid(batch: Batch, mesh: ParallelMesh, lengths: Sequence[int] | None) -> TokenSharding:
-    rows, length = batch.token_BL.shape
-    dp, sp, tp = mesh.dense.shape
+def _regions(
+    rows: int, length: int, mesh: ParallelMesh, lengths: Sequence[int] | None, sharding: TokenSharding | None
+) -> TokenSharding:
+    """The places of each rank of "sp"."""
+    sp = mesh.dense["sp"].size()
+    if sharding is not None:
+        _check(sharding, (rows, length), lengths, sp)
+        return sharding
     regions = Partition.balanced(length, sp) if lengths is None else Partition(tuple(lengths))
     if (len(regions), regions.total) != (sp, length):
         raise ValueError(
             f"lengths {regions.sizes} for a sequence of {length} over sp = {sp}; give each rank of sp a length, 0 "
             "too, which add up to that"
         )
-    places = (size for region in regions.sizes for size in Partition.balanced(region, tp).sizes)
-    return TokenSharding(batch=Partition.balanced(rows, dp), seq=Partition(tuple(places)))
+    return TokenSharding(batch=rows, seq=regions)
 
 
-def _part(batch: Batch, mesh: ParallelMesh, grid: TokenSharding) -> MeshBatch:
-    piece, sp_rank, tp_rank = (mesh.dense.get_local_rank(name) for name in ("dp", "sp", "tp"))
-    _, sp, tp = mesh.dense.shape
-    mine = _rows(batch, grid.batch.offsets[piece], grid.batch.sizes[piece])
-    rows = TokenSharding(batch=grid.batch.sizes[piece], seq=grid.seq)
+def _check(sharding: TokenSharding, grid: tuple[int, int], lengths: Sequence[int] | None, sp: int) -> None:
+    if lengths is not None:
+        raise ValueError(
+            "lengths and a sharding; the sharding says how many places each rank of sp holds: leave lengths out"
+        )
+    if not isinstance(sharding, TokenSharding):
+        raise ValueError(
+            f"sharding is {sharding!r}; pass the TokenSharding that says which places each rank of sp holds"
+        )
+    if (sharding.global_shape, len(sharding.batch), sharding.num_ranks) != (grid, 1, sp):
+        raise ValueError(
+            f"a sharding of {sharding.global_shape} in order {sharding.order!r} over {sharding.num_ranks} ranks, for "
+            f"a batch of (B, L) = {grid} over sp = {sp}; give whole rows over the ranks of sp, in order 'BL', e.g. "
+            f"TokenSharding.zigzag(batch={grid[0]}, length={grid[1]}, ranks={sp})"
+        )
+    sharding.check_whole("Parallel.shard")
+
+
+def _part(batch: Batch, mesh: ParallelMesh, regions: TokenSharding) -> MeshBatch:
+    dp, _, tp = mesh.dense.shape
+    dp_rank, sp_rank, tp_rank = (mesh.dense.get_local_rank(name) for name in ("dp", "sp", "tp"))
+    over_dp, places = Partition.balanced(regions.batch.total, dp), regions.cut(tp) if tp > 1 else regions
+    grid, rows = places.with_batch(over_dp), places.with_batch(over_dp.sizes[dp_rank])
+    mine = _rows(batch, over_dp.offsets[dp_rank], over_dp.sizes[dp_rank])
     sharded = CompletedBatch.of(mine, rows).part(mine, rows, sp_rank * tp + tp_rank)
-    pieces = [grid.seq.sizes[i * tp : (i + 1) * tp] for i in range(sp)]
-    regions = TokenSharding(batch=rows.batch, seq=Partition(tuple(map(sum, pieces))))
     return MeshBatch(
         batch=sharded,
         sharding=grid,
-        attention={**sharded.attention, "sharding": regions},
+        attention={**sharded.attention, "sharding": regions.with_batch(rows.batch)},
         moe={"sharding": grid.select(mesh.ep_ranks), "real_Bl": sharded.real_Bl},
-        region=TokenSharding(batch=rows.batch, seq=Partition(pieces[sp_rank])),
+        region=TokenSharding(batch=rows.batch, seq=Partition.balanced(regions.extent(sp_rank)[1], tp)),
     )
 
 

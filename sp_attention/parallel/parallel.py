@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from moe_dispatch import Partition, gather_tokens
+from moe_dispatch import Partition, TokenSharding, gather_tokens
 from moe_dispatch.internals import unseen_by_policies
 
 from ..batch.batch import Batch
@@ -49,18 +49,23 @@ class Parallel(OnMesh):
 
     @torch.compiler.disable(reason="each batch would be another graph; cut batches outside of what is compiled")
     @unseen_by_policies
-    def shard(self, batch: Batch, *, lengths: Sequence[int] | None = None) -> MeshBatch:
+    def shard(
+        self, batch: Batch, *, lengths: Sequence[int] | None = None, sharding: TokenSharding | None = None
+    ) -> MeshBatch:
         """Cut a batch: rows over "dp", the sequence over "sp", and each piece of it over "tp". One exchange of 8
         bytes per pair of ranks makes sure that all ranks cut the same batch in the same way.
 
         Args:
             batch: whole, and the same on every rank.
             lengths: of the sequence on each rank of "sp", any numbers that add up to L. Balanced if left out.
+            sharding: in place of lengths: of whole rows over the ranks of "sp", in any order of tokens, e.g. what
+                :func:`balance` gives, or ``TokenSharding.zigzag``.
 
         Raises:
-            ValueError: the same text on every rank, as of :func:`shard_batch`; lengths that do not add up.
+            ValueError: the same text on every rank, as of :func:`shard_batch`; lengths that do not add up, a sharding
+                of another batch or number of ranks.
         """
-        return shard_over_mesh(batch, self.mesh, lengths, everyone())
+        return shard_over_mesh(batch, self.mesh, lengths, sharding, everyone())
 
     def loss(self, logits_BlV: Tensor, part: MeshBatch, *, num_targets: int | Tensor | None = None) -> MeanLoss:
         """:func:`mean_cross_entropy` over the targets of all ranks."""

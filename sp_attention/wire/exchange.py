@@ -32,14 +32,6 @@ class Split:
     sharding: TokenSharding
     heads: Partition
 
-    def heads_of(self, x_BlNH: Tensor, rank: int) -> Tensor:
-        """The heads of ``rank``, a view."""
-        return x_BlNH.narrow(2, self.heads.offsets[rank], self.heads.sizes[rank])
-
-    def tokens_of(self, x_BLnH: Tensor, rank: int) -> Tensor:
-        """The tokens of ``rank``, a view."""
-        return self.sharding.shard(x_BLnH, rank)
-
 
 def heads_from_tokens(
     x_BlNH: Tensor, *, sharding: TokenSharding, heads: Partition, group: dist.ProcessGroup
@@ -113,11 +105,8 @@ class _ToHeads(torch.autograd.Function):
         ]
         headers = header.new_empty(len(ranks), len(header))
         exchange_tensors(
-            [[header, *(split.heads_of(x, to) for x, split in zip(tensors, splits, strict=True))] for to in ranks],
-            [
-                [headers[source], *(split.tokens_of(x, source) for x, split in zip(wholes, splits, strict=True))]
-                for source in ranks
-            ],
+            [[header, *_heads_of(tensors, splits, to, rank)] for to in ranks],
+            [[headers[source], *_tokens_of(wholes, splits, source)] for source in ranks],
             group,
         )
         ctx.mark_non_differentiable(headers)
@@ -152,11 +141,8 @@ class _ToTokens(torch.autograd.Function):
         ]
         headers = header.new_empty(len(ranks), len(header))
         exchange_tensors(
-            [[header, *(split.tokens_of(x, to) for x, split in zip(wholes, splits, strict=True))] for to in ranks],
-            [
-                [headers[source], *(split.heads_of(x, source) for x, split in zip(tensors, splits, strict=True))]
-                for source in ranks
-            ],
+            [[header, *_tokens_of(wholes, splits, to)] for to in ranks],
+            [[headers[source], *_heads_of(tensors, splits, source, rank)] for source in ranks],
             group,
         )
         ctx.mark_non_differentiable(headers)
@@ -171,6 +157,22 @@ class _ToTokens(torch.autograd.Function):
             None,
             *_ToHeads.apply(ctx.splits, ctx.group, header_backward(ctx, grads[0]), *grads[:-1])[:-1],
         )  # type: ignore[index]
+
+
+def _tokens_of(wholes: Sequence[Tensor], splits: Sequence[Split], rank: int) -> list[Tensor]:
+    """The runs of tokens of ``rank`` in whole tensors of some heads: views."""
+    runs = (split.sharding.views(x_BLnH, rank) for x_BLnH, split in zip(wholes, splits, strict=True))
+    return list(chain(*runs))
+
+
+def _heads_of(tensors: Sequence[Tensor], splits: Sequence[Split], rank: int, holder: int) -> list[Tensor]:
+    """The heads of ``rank`` in tensors of the tokens of ``holder``, run by run, as :func:`_tokens_of` has them on the
+    other side: views."""
+    runs: list[Tensor] = []
+    for x_BlNH, split in zip(tensors, splits, strict=True):
+        x_BlnH = x_BlNH.narrow(2, split.heads.offsets[rank], split.heads.sizes[rank])
+        runs += split.sharding.split(x_BlnH, holder)
+    return runs
 
 
 def to_heads(

@@ -26,15 +26,17 @@ class Case:
 
     batch: tuple[int, ...]
     seq: tuple[int, ...]
+    held: tuple[tuple[int, ...], ...] | None = None
     order: Literal["BL", "LB"] = "BL"
 
     @property
     def ranks(self) -> int:
-        return len(self.batch) * len(self.seq)
+        return self.sharding.num_ranks
 
     @property
     def sharding(self) -> TokenSharding:
-        return TokenSharding(batch=Partition(self.batch), seq=Partition(self.seq), order=self.order)
+        batch, seq = Partition(self.batch), Partition(self.seq)
+        return TokenSharding(batch=batch, seq=seq, held=self.held, order=self.order)
 
     def scores(self) -> Tensor:
         """Scores of the whole grid, in the case's order; they do not sum to 1, as sigmoid's do not."""
@@ -59,11 +61,19 @@ CUTS = [
     ((1, 0, 2, 1), (3, 0, 1, 2) * 4),
     ((2,), (*[0] * 40, 9, *[0] * 23)),
 ]
+ORDERED = [((3,), (2, 1, 2, 1), ((0, 3), (1, 2))), ((1, 2), (2, 0, 1, 2), ((3, 1, 0), (), (2,)))]
 CASES = [Case(batch=batch, seq=seq, order=order) for batch, seq in CUTS for order in ("BL", "LB")]
+CASES += [
+    Case(batch=batch, seq=seq, held=held, order=order) for batch, seq, held in ORDERED for order in ("BL", "LB")
+]
 
 
 def case_id(case: Case) -> str:
-    return f"{case.ranks} ranks {case.order} batch={case.batch}" + (f" seq={case.seq}" if len(case.seq) < 9 else "")
+    return (
+        f"{case.ranks} ranks {case.order} batch={case.batch}"
+        + (f" seq={case.seq}" if len(case.seq) < 9 else "")
+        + (f" held={case.held}" if case.held else "")
+    )
 
 
 def formula(scores_BLE: Tensor, top_k: int) -> tuple[float, list[list[list[float]]]]:

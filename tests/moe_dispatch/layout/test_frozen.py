@@ -12,7 +12,8 @@ from torch.distributed.utils import _apply_to_tensors
 from moe_dispatch import Partition, TokenSharding
 
 WHOLE = TokenSharding(batch=Partition((2, 1)), seq=Partition((3, 2)), order="LB")
-VALUES = [Partition((3, 0, 2)), WHOLE, WHOLE.select((2, 1))]
+ZIGZAG = TokenSharding.zigzag(batch=2, length=7, ranks=2)
+VALUES = [Partition((3, 0, 2)), WHOLE, WHOLE.select((2, 1)), ZIGZAG]
 
 
 @dataclass(frozen=True)
@@ -21,19 +22,19 @@ class Holder:
     x: torch.Tensor
 
 
-@pytest.mark.parametrize("value", VALUES, ids=["partition", "sharding", "selected"])
+@pytest.mark.parametrize("value", VALUES, ids=["partition", "sharding", "selected", "zigzag"])
 @pytest.mark.parametrize("again", [copy.copy, copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))])
 def test_a_copy_is_equal_in_all_that_follows_too(
     value: Partition | TokenSharding, again: Callable[[object], object]
 ) -> None:
     copied = again(value)
-    names = type(value).__slots__
+    names = [name for of in type(value).__mro__ for name in getattr(of, "__slots__", ())]
     assert copied == value
     assert hash(copied) == hash(value)
     assert {name: getattr(copied, name) for name in names} == {name: getattr(value, name) for name in names}
 
 
-@pytest.mark.parametrize("value", VALUES, ids=["partition", "sharding", "selected"])
+@pytest.mark.parametrize("value", VALUES, ids=["partition", "sharding", "selected", "zigzag"])
 def test_what_casts_the_arguments_of_a_module_leaves_it_whole(value: Partition | TokenSharding) -> None:
     """FSDP does this to all arguments under mixed precision; it rebuilds dataclasses."""
     holder = Holder(value, torch.zeros(2))

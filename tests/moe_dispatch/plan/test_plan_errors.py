@@ -89,6 +89,10 @@ def another_selection(call: Call) -> Call:
     return replace(call, sharding=TokenSharding(batch=2, seq=Partition((3, 0, 3))).select([2, 1, 0]))
 
 
+def another_order_of_pieces(call: Call) -> Call:
+    return replace(call, sharding=TokenSharding(batch=2, seq=Partition((3, 0, 3)), held=((2,), (1,), (0,))))
+
+
 def one_choice_more(call: Call) -> Call:
     return replace(call, ids=torch.cat([call.ids, call.ids[..., :1]], dim=-1), weight=None)
 
@@ -200,6 +204,10 @@ OTHER_FACTS: list[tuple[Mistake, str]] = [
     (another_partition, BELIEVED.replace("experts = (2, 2, 2)", "experts = (1, 3, 2)")),
     (another_order, FACTS.format(GRID.format("LB", (0, 1, 2)))),
     (another_selection, FACTS.format(GRID.format("BL", (2, 1, 0)))),
+    (
+        another_order_of_pieces,
+        FACTS.format(GRID.format("BL", (0, 1, 2))).replace("'BL', ", "'BL', held=((2,), (1,), (0,)), "),
+    ),
     (
         another_grid,
         FACTS.format(

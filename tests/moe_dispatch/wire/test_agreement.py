@@ -1,11 +1,13 @@
 """One check of constant size, once per batch, of what no layer can tell: beliefs that change what is sent."""
 
+import re
+
 import pytest
 import torch
 import torch.distributed as dist
 
 from moe_dispatch import Partition, TokenSharding, agree
-from moe_dispatch.testing import RankPool
+from moe_dispatch.testing import RankPool, RankThreads
 from tests.support.ranks import world
 
 RANKS = 3
@@ -40,6 +42,16 @@ def test_a_shard_of_another_size_is_everyones_error(rank_pool: RankPool, other: 
         "group has to pass the same values"
     )
     assert rank_pool.run(told, RANKS, facts, [""] * RANKS) == [(text, 3.0)] * RANKS
+
+
+def test_facts_that_differ_after_the_longest_text_are_told_apart(rank_threads: RankThreads) -> None:
+    long = "of many pieces, " * 2000
+    texts, _ = zip(*rank_threads.run(told, 2, [f"{long}one", f"{long}another"], [""] * 2), strict=True)
+    assert texts[0] == texts[1]
+    one, another = (re.search(rf"rank \[{rank}\]: of many.*?\.\.\. ([0-9a-f]{{8}})[;)]", texts[0]) for rank in (0, 1))
+    assert one is not None
+    assert another is not None
+    assert one[1] != another[1]
 
 
 def test_a_problem_of_one_rank_is_everyones_error(rank_pool: RankPool) -> None:

@@ -49,7 +49,7 @@ def test_chunks_keep_everything_together(
             count = chunk.token_Bc.shape[along]
             assert count <= size
             assert chunk.token_Bc.shape == chunk.target_Bc.shape == chunk.real_Bc.shape == chunk.position_Bc.shape[1:]
-            place_c = torch.arange(chunk.first_place, chunk.first_place + count)
+            place_c = chunk.place_c
             places += place_c.tolist()
             token_Bc = chunk.token_Bc if order == "BL" else chunk.token_Bc.T
             target_Bc = chunk.target_Bc if order == "BL" else chunk.target_Bc.T
@@ -72,7 +72,7 @@ def test_chunks_of_padding_and_of_a_mask_for_all_queries(rank_threads: RankThrea
             chunks_of, 2, Batch(token_BL=tokens(3, 4), attention_mask=mask), sharding_of(3, (1, 3)), 2
         ):
             for chunk in chunks:
-                place_c = torch.arange(chunk.first_place, chunk.first_place + chunk.token_Bc.shape[1])
+                place_c = chunk.place_c
                 if mask is REAL_BL:
                     assert chunk.attn_mask is None
                     assert torch.equal(chunk.real_Bc, REAL_BL[:, place_c])

@@ -16,6 +16,8 @@ from tests.support.compile import untraced
 from tests.support.ranks import world
 from tests.support.tensors import TOLERANCE, difference, grad_of, leaf, share
 
+Held = tuple[tuple[int, ...], ...]
+
 
 class Block(nn.Module):
     """Linear layers around an exchange: their gradients are those that vanish when a collective leaves the graph."""
@@ -32,9 +34,9 @@ class Block(nn.Module):
 
 
 @untraced()
-def compiled(rank: int, name: str, seq: tuple[int, ...], sizes: tuple[int, ...]) -> list[str]:
+def compiled(rank: int, name: str, seq: tuple[int, ...], sizes: tuple[int, ...], held: Held) -> list[str]:
     """What a compiled block computes otherwise, or which gradient of it is zero."""
-    sharding, heads = TokenSharding(batch=2, seq=Partition(seq)), Partition(sizes)
+    sharding, heads = TokenSharding(batch=2, seq=Partition(seq), held=held), Partition(sizes)
 
     def exchange(x_BlNH: Tensor) -> Tensor:
         x_BLnH = heads_from_tokens(x_BlNH, sharding=sharding, heads=heads, group=world())
@@ -46,7 +48,7 @@ def compiled(rank: int, name: str, seq: tuple[int, ...], sizes: tuple[int, ...])
 
     torch.manual_seed(5)
     block = Block({"exchange": exchange, "attention": attention}[name], 4, 6)
-    x_BlD = share(torch.randn(2, sum(seq), 5, dtype=torch.float64), seq, "BL", rank)
+    x_BlD = sharding.shard(torch.randn(2, sum(seq), 5, dtype=torch.float64), rank)
 
     def answer(run: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
         block.zero_grad()
@@ -61,7 +63,7 @@ def compiled(rank: int, name: str, seq: tuple[int, ...], sizes: tuple[int, ...])
     wanted = answer(block)
     got = answer(torch.compile(block, fullgraph=True, backend="aot_eager"))
     failures = [key for key in wanted if not difference(got[key], wanted[key]) <= TOLERANCE]
-    if seq[rank]:
+    if sharding.local_sizes[rank]:
         failures += [f"{key} is zero" for key in got if not got[key].any()]
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     return failures + [f"{graphs} graphs"] * (graphs != 1)
@@ -186,11 +188,12 @@ def in_autocast(rank: int) -> tuple[torch.dtype, bool]:
 
 
 SHARES = [
-    ("exchange", (3, 4), (4, 0)),
-    ("attention", (3, 4), (3, 1)),
-    ("attention", (0, 5), (2, 2)),
+    ("exchange", (3, 4), (4, 0), ((0,), (1,))),
+    ("attention", (3, 4), (3, 1), ((0,), (1,))),
+    ("attention", (0, 5), (2, 2), ((0,), (1,))),
+    ("attention", (2, 1, 2, 1), (3, 1), ((0, 3), (2, 1))),
     *(
-        pytest.param(*shares, marks=pytest.mark.sweep)
+        pytest.param(*shares, ((0,), (1,)), marks=pytest.mark.sweep)
         for shares in [
             ("exchange", (3, 4), (3, 1)),
             ("exchange", (0, 5), (2, 2)),
@@ -200,12 +203,12 @@ SHARES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "seq", "heads"), SHARES)
+@pytest.mark.parametrize(("name", "seq", "heads", "held"), SHARES)
 def test_a_compiled_block_has_the_same_gradients(
-    rank_pool: RankPool, name: str, seq: tuple[int, ...], heads: tuple[int, ...]
+    rank_pool: RankPool, name: str, seq: tuple[int, ...], heads: tuple[int, ...], held: Held
 ) -> None:
     """Invariant 9, B6, B18: what is before the exchange has gradients, and they are not 0."""
-    assert rank_pool.run(compiled, 2, name, seq, heads, timeout=120) == [[]] * 2
+    assert rank_pool.run(compiled, 2, name, seq, heads, held, timeout=120) == [[]] * 2
 
 
 @pytest.mark.parametrize(("name", "dynamic", "lengths"), OVER_LENGTHS)

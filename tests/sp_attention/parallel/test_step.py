@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from moe_dispatch import Partition, whole_state_dict
+from moe_dispatch import Partition, TokenSharding, whole_state_dict
 from moe_dispatch.testing import RankPool, RankThreads
 from sp_attention import Batch, Parallel, count_targets
 from tests.support.plain import VOCABULARY, blocks_of, mean_loss, new_model
@@ -26,10 +26,18 @@ class Case:
     kind: str = "plain"
     experts: tuple[int, ...] = ()
     tp: int = 1
+    zigzag: bool = False
 
     @property
     def ranks(self) -> int:
         return self.dp * self.sp * self.tp
+
+    @property
+    def places(self) -> dict[str, Any]:
+        """Of ``shard``."""
+        rows, length = self.shape
+        zigzag = TokenSharding.zigzag(batch=rows, length=length, ranks=self.sp)
+        return {"sharding": zigzag} if self.zigzag else {"lengths": self.lengths}
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -42,6 +50,8 @@ CASES = [
     Case(dp=2, sp=2, ep=2, rows=3, lengths=(6, 5), kind="padded"),
     Case(dp=2, sp=2, ep=4, rows=1, lengths=(7, 4), kind="packed"),  # two ranks without rows
     Case(dp=4, sp=1, ep=2, rows=2, lengths=(8,), kind="masked"),
+    Case(dp=2, sp=2, ep=4, rows=3, lengths=(11, 0), kind="padded", zigzag=True),
+    Case(dp=1, sp=3, ep=3, rows=1, lengths=(11, 0, 0), kind="packed", zigzag=True),
 ]
 
 
@@ -87,7 +97,7 @@ def on_ranks(rank: int, case: Case) -> tuple[Tensor, Tensor, dict[str, Tensor], 
     batch, _, position_BL = batch_of(case)
     if case.kind == "packed":
         batch = Batch(token_BL=batch.token_BL, cu_seqlens=batch.cu_seqlens, position_BL=position_BL)
-    part = parallel.shard(batch, lengths=case.lengths)
+    part = parallel.shard(batch, **case.places)
     logits_BlV = model(part.batch.token_Bl, part.batch.position_Bl, part.attention, part.moe)
     loss = parallel.loss(logits_BlV, part)
     loss.share.backward()

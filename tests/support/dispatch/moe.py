@@ -29,6 +29,7 @@ class Case:
     seq: tuple[int, ...]
     experts: tuple[int, ...]
     batch: tuple[int, ...] = (2,)
+    held: tuple[tuple[int, ...], ...] | None = None
     order: Literal["BL", "LB"] = "BL"
     top_k: int = 2
     score: Literal["softmax", "sigmoid"] = "sigmoid"
@@ -54,7 +55,7 @@ class Case:
 
     @property
     def sharding(self) -> TokenSharding:
-        return TokenSharding(batch=Partition(self.batch), seq=Partition(self.seq), order=self.order)
+        return TokenSharding(batch=Partition(self.batch), seq=Partition(self.seq), held=self.held, order=self.order)
 
     @property
     def sizes(self) -> StaticSizes:
@@ -234,6 +235,8 @@ CASES = [
     Case(seq=(3, 2), batch=(2, 1), experts=(3, 0, 2, 1), order="LB"),
     Case(seq=(3, 0), batch=(1, 2), experts=(0, 0, 5, 1), score="softmax", normalize=False, top_k=4),
     Case(seq=(1, 1, 1, 0), experts=(1, 1, 1, 1), order="LB", batch=(1,), top_k=4),
+    Case(seq=(2, 1, 2, 1), held=((0, 3), (), (2, 1)), experts=(2, 0, 3), batch=(3,)),
+    Case(seq=(2, 2, 1, 2), held=((3, 0), (1, 2)), batch=(2, 1), experts=(1, 2, 0, 3), order="LB", top_k=3),
 ]
 
 

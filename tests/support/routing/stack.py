@@ -80,7 +80,8 @@ def inputs(case: Case, forward: int = 0) -> tuple[Tensor, Tensor]:
 
 def one_process(case: Case) -> Case:
     """The same batch and model on one rank."""
-    return replace(case, seq=(sum(case.seq),), batch=(sum(case.batch),), experts=(sum(case.experts),), order="BL")
+    experts = (sum(case.experts),)
+    return replace(case, seq=(sum(case.seq),), batch=(sum(case.batch),), experts=experts, held=None, order="BL")
 
 
 def as_order(whole_BLD: Tensor, case: Case) -> Tensor:
@@ -177,4 +178,6 @@ CASES = [
     Case(seq=(3, 1, 0, 2), experts=(2, 1, 0, 3), top_k=3, normalize=False),
     Case(seq=(3, 2), batch=(2, 1), experts=(3, 0, 2, 1), order="LB", groups=3, limited_groups=2),
     Case(seq=(4, 0), batch=(1, 2), experts=(2, 2, 2, 2)),
+    Case(seq=(2, 1, 2, 1), held=((0, 3), (), (2, 1)), experts=(2, 0, 3)),
+    Case(seq=(2, 2, 1, 2), held=((3, 0), (1, 2)), experts=(2, 3), order="LB"),
 ]

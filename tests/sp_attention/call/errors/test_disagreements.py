@@ -54,6 +54,16 @@ DISAGREEMENTS: dict[str, tuple[Change, Change, tuple[str, str]]] = {
         ("starts=(0, 3, 7)", "starts=(0, 4, 7)"),
     ),
     "documents or none": (given(), given(**documents([0, 3, 7])), ("one document", "ends=(0, 3, 7)")),
+    "order of the pieces": (
+        given(sharding=TokenSharding(batch=1, seq=Partition((3, 4)))),
+        given(sharding=TokenSharding.of_runs(batch=1, length=7, runs=[[(4, 7)], [(0, 4)]])),
+        ("(3, 4) tokens, order BL, pieces in order", "(4, 3) tokens, order BL, pieces ((1,), (0,))"),
+    ),
+    "order of the pieces of keys": (
+        given(kv_sharding=TokenSharding(batch=1, seq=Partition((3, 4)))),
+        given(kv_sharding=TokenSharding(batch=1, seq=Partition((3, 2, 2)), held=((0,), (2, 1)))),
+        ("keys (3, 4) tokens, order BL, pieces in order", "keys (3, 2, 2) tokens, order BL, pieces ((0,), (2, 1))"),
+    ),
     "heads of the same size": (
         given(heads=Partition((2, 2))),
         given(heads=Partition((1, 3))),
@@ -68,7 +78,10 @@ DISAGREEMENTS: dict[str, tuple[Change, Change, tuple[str, str]]] = {
     "lengths of keys": (
         keys_of((3, 4)),
         keys_of((4, 3), (1, 0)),
-        ("keys (3, 4), shards (0, 1)", "keys (4, 3), shards (1, 0)"),
+        (
+            "keys (3, 4) tokens, order BL, pieces in order, shards (0, 1)",
+            "keys (4, 3) tokens, order BL, pieces in order, shards (1, 0)",
+        ),
     ),
     "gradients": (
         given(),
