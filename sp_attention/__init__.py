@@ -8,6 +8,7 @@ Words for where a token is:
     padding    a place that holds no token
 """
 
+from .attend.blockwise import blockwise_attend
 from .attend.default import scaled_dot_product
 from .attend.flex import flex_attend
 from .batch.balance import balance
@@ -29,6 +30,7 @@ __all__ = [
     "ShardedBatch",
     "UlyssesAttention",
     "balance",
+    "blockwise_attend",
     "count_targets",
     "flex_attend",
     "gather_outputs",

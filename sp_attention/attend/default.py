@@ -7,8 +7,8 @@ from torch import Tensor
 
 from moe_dispatch.internals import cast_to_autocast, without_autocast
 
+from ..blocks.dropout import Dropout
 from ..dtypes import dtype_of_sums
-from .dropout import Dropout
 from .masks import MergedMask, with_lost_queries, without_padding
 
 CPU_ALIGNMENT_BYTES = 64

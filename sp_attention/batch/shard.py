@@ -16,7 +16,7 @@ from moe_dispatch import TokenSharding, agree
 from moe_dispatch.internals import check_is_group, digest, unseen_by_policies
 
 from ..attend.documents import Documents
-from ..attend.dropout import mix
+from ..blocks.dropout import mix
 from ..wire.exchange import check_sharding
 from ..wire.order import in_order
 from .batch import Batch, ShardedBatch

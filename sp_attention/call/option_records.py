@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moe_dispatch.internals import problem_of_dtensors
 
-from ..attend.dropout import Dropout
+from ..blocks.dropout import Dropout
 from .inputs import AttentionInputs, constants
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..attend.documents import Documents
-from ..attend.dropout import draw_seed
+from ..blocks.dropout import draw_seed
 from .attend_arguments import FIRST_HEAD, takes
 from .inputs import AttentionInputs
 from .option_records import OPTIONS, Option

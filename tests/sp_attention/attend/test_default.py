@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sp_attention import scaled_dot_product
-from sp_attention.attend.dropout import Dropout
+from sp_attention.blocks.dropout import Dropout
 
 
 @pytest.mark.parametrize("option", ["none", "sinks", "dropout"])

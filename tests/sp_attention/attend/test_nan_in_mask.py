@@ -9,13 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sp_attention import flex_attend, scaled_dot_product
-from sp_attention.attend.dropout import Dropout
+from sp_attention import blockwise_attend, flex_attend, scaled_dot_product
+from sp_attention.blocks.dropout import Dropout
 from sp_attention.reference import reference_attention
 
 ATTENDS: dict[str, Callable[..., Tensor]] = {
     "default": scaled_dot_product,
     "flex": flex_attend(),
+    "blocks": blockwise_attend(chunk=2),
     "reference": reference_attention,
 }
 BY_HAND: dict[str, dict[str, Any]] = {"sinks": {"sinks_n": torch.zeros(2)}, "dropout": {"dropout": Dropout(p=0.0)}}

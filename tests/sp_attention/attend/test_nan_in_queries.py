@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from moe_dispatch.testing import RankThreads
-from sp_attention import flex_attend, scaled_dot_product, ulysses_attention
-from sp_attention.attend.dropout import Dropout
+from sp_attention import blockwise_attend, flex_attend, scaled_dot_product, ulysses_attention
+from sp_attention.blocks.dropout import Dropout
 from sp_attention.reference import reference_attention
 from tests.support.attention.batches import ORDERS, Order, sharding_of
 from tests.support.ranks import world
@@ -18,6 +18,7 @@ from tests.support.ranks import world
 ATTENDS: dict[str, Callable[..., Tensor]] = {
     "default": scaled_dot_product,
     "flex": flex_attend(),
+    "blocks": blockwise_attend(chunk=2),
     "reference": reference_attention,
 }
 REAL_BL = torch.tensor([[1, 1, 1, 0, 1], [0, 0, 1, 1, 1]]).bool()

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moe_dispatch.internals import BAD, digest
-from sp_attention.attend.dropout import NUM_SEEDS
+from sp_attention.blocks.dropout import NUM_SEEDS
 from sp_attention.call.header import BYTES, as_floats, as_ints
 
 LOWEST, HIGHEST = -(2**63), 2**63 - 1

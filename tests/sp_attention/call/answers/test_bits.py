@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any
 
 import pytest
 import torch
@@ -10,47 +9,14 @@ from torch import Tensor
 
 from moe_dispatch.testing import RankThreads
 from sp_attention import scaled_dot_product
-from tests.support.attention.case import Attend, Case, Options, named_case
+from tests.support.attention.case import Case, named_case
 from tests.support.attention.drawn import BATCH_OF_CASES, cases_of_every_size, cases_of_ranks
 from tests.support.attention.masks import KINDS
+from tests.support.attention.one_process import whole_in_one_process
 from tests.support.attention.whole import Whole, shares_of, shares_of_ulysses, whole_answer
 from tests.support.tensors import same_bits
 
 pytestmark = pytest.mark.usefixtures("uncovered")
-
-
-def whole_in_one_process(attend: Attend) -> Attend:
-    """``attend`` on whole tensors, document by document where there are some."""
-
-    def call(q_BLNH: Tensor, k_BLGH: Tensor, v_BLGH: Tensor, **options: Any) -> Tensor:
-        named = {"sinks_N": "sinks_n"}
-        options = {named.get(name, name): value for name, value in options.items() if value is not False}
-        ends, starts = options.pop("cu_seqlens", None), options.pop("cu_seqlens_padded", None)
-        if "attn_mask" in options:
-            options["attn_mask"] = options["attn_mask"][(None,) * (4 - options["attn_mask"].ndim)]
-        if ends is None:
-            return attend(q_BLNH, k_BLGH, v_BLGH, **options)
-        out_BLNH = torch.zeros(*q_BLNH.shape[:3], v_BLGH.shape[3], dtype=q_BLNH.dtype)
-        out_BLNH = out_BLNH + sum(x[:, :0].sum() for x in (q_BLNH, k_BLGH, v_BLGH))
-        for start, length in zip((ends if starts is None else starts).tolist(), ends.diff().tolist(), strict=False):
-            real = slice(start, start + length)
-            if length:
-                own = of_document(options, real)
-                out_BLNH[:, real] = attend(q_BLNH[:, real], k_BLGH[:, real], v_BLGH[:, real], **own)
-        return out_BLNH
-
-    return call
-
-
-def of_document(options: Options, real: slice) -> Options:
-    own = dict(options)
-    if "attn_mask" in own:
-        mask = own["attn_mask"]
-        mask = mask[:, :, real] if mask.shape[2] > 1 else mask
-        own["attn_mask"] = mask[..., real] if mask.shape[3] > 1 else mask
-    if "key_padding_mask" in own:
-        own["key_padding_mask"] = own["key_padding_mask"][:, real]
-    return own
 
 
 @lru_cache(maxsize=8)  # ranks that are threads are at the same case, or one apart

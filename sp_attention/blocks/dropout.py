@@ -4,7 +4,7 @@ The seed is drawn here and used here. Between, the ranks have to get the same on
 with the queries, in a header that their exchange has anyway (call/words.py).
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -33,6 +33,14 @@ class Dropout:
     first_head: int = 0
     first_query: int = 0
     first_key: int = 0
+
+    def of_heads(self, first: int) -> "Dropout":
+        """Of the heads at hand from ``first`` on."""
+        return replace(self, first_head=self.first_head + first)
+
+    def at(self, query: int, key: int) -> "Dropout":
+        """Of the queries and keys at hand from these on."""
+        return replace(self, first_query=self.first_query + query, first_key=self.first_key + key)
 
     def apply(self, weights_BnLL: Tensor) -> Tensor:
         """(B, n, Lq, Lk) weights, with some dropped and the others scaled by 1 / (1 - p)."""
