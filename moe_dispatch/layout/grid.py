@@ -163,7 +163,15 @@ class HeldGrid(Frozen):
             self._piece(rank)
         if not ranks or len(set(ranks)) != len(ranks):
             raise ValueError(f"ranks {ranks} selected; name at least one rank, and each once")
-        return self._of(self.batch, self.seq, self.order, self.held, tuple(self.rectangles[rank] for rank in ranks))
+        return self._holding(tuple(self.rectangles[rank] for rank in ranks))
+
+    def _holding(self, rectangles: tuple[int, ...]) -> Self:
+        """The same grid in other hands. What belongs to the grid is not made anew: there may be a thousand ranks."""
+        sharding = type(self).__new__(type(self))
+        for name in ("batch", "seq", "order", "held", "places"):
+            object.__setattr__(sharding, name, getattr(self, name))
+        sharding._hold(rectangles)
+        return sharding
 
     def check_local(self, x: Tensor, rank: int) -> None:
         """Raise ValueError unless ``x`` has the shape (b, l, ...) or (l, b, ...) that ``rank`` holds."""

@@ -6,7 +6,7 @@ of pieces adds to contiguous shards is a permutation between a place and where i
 
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import overload
 from zlib import crc32
 
@@ -51,21 +51,19 @@ class Places(Frozen):
     __slots__ = ("_place_of_stacked", "_stacked_of_place", "held", "lengths", "runs", "seq", "text")
 
     def __init__(self, seq: Partition, held: Held) -> None:
-        _check_held(held, len(seq))
-        spans = [(start, start + size) for start, size in zip(seq.offsets, seq.sizes, strict=True)]
-        pieces = [[spans[piece] for piece in of_rank] for of_rank in held]
-        runs = [joined(of_rank) or [(of_rank or [(0, 0)])[0]] for of_rank in pieces]
-        text = "in order" if held == in_order(seq) else f"{held}"
-        if len(text) > LONGEST_TEXT:
-            text = f"{text[: LONGEST_TEXT - 12]}... {crc32(text.encode()):08x}"
-        place_of_stacked = joined([run for of_rank in runs for run in of_rank])
-        starts = accumulate((stop - start for start, stop in place_of_stacked), initial=0)
-        shifts = [(at, start - at) for at, (start, _) in zip(starts, place_of_stacked, strict=False)]
+        spans = tuple((start, start + size) for start, size in zip(seq.offsets, seq.sizes, strict=True))
+        if held == in_order(seq):  # a thousand contiguous shards are made in every step
+            runs, lengths, text, shifts = tuple((span,) for span in spans), seq, "in order", []
+        else:
+            _check_held(held, len(seq))
+            runs = tuple(_runs([spans[piece] for piece in pieces]) for pieces in held)
+            lengths = Partition(sum(stop - start for start, stop in of_rank) for of_rank in runs)
+            text, shifts = _bounded(f"{held}"), _shifts(joined(list(chain(*runs))))
         for name, value in (
             ("seq", seq),
             ("held", held),
-            ("lengths", Partition(sum(stop - start for start, stop in of_rank) for of_rank in runs)),
-            ("runs", tuple(map(tuple, runs))),
+            ("lengths", lengths),
+            ("runs", runs),
             ("text", text),
             ("_place_of_stacked", Shifts(shifts)),
             ("_stacked_of_place", Shifts(sorted((at + by, -by) for at, by in shifts))),
@@ -141,6 +139,21 @@ def joined(runs: Sequence[Run]) -> list[Run]:
         else:
             found.append((start, stop))
     return found
+
+
+def _runs(pieces: Sequence[Run]) -> tuple[Run, ...]:
+    return tuple(joined(pieces)) or ((*pieces, (0, 0))[0],)
+
+
+def _shifts(stacked: Sequence[Run]) -> list[tuple[int, int]]:
+    """For each run of the stacked sequence where it starts there, and how far away it is in the sequence."""
+    starts = accumulate((stop - start for start, stop in stacked), initial=0)
+    return [(at, start - at) for at, (start, _) in zip(starts, stacked, strict=False)]
+
+
+def _bounded(text: str) -> str:
+    """Text that differs where ``text`` does."""
+    return text if len(text) <= LONGEST_TEXT else f"{text[: LONGEST_TEXT - 12]}... {crc32(text.encode()):08x}"
 
 
 def _check_held(held: Held, num_pieces: int) -> None:

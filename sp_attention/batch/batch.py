@@ -83,8 +83,9 @@ class ShardedBatch:
         cu_seqlens: whole, or None.
         cu_seqlens_padded: whole, or None.
         ignore_index: as in the batch.
-        fields: as in the batch, (B, l, ...), or (l, B, ...) for order "LB"; views, in the graph of the whole. Each
-            rank's gradient of the whole is that of its own tokens, so sum it over the ranks.
+        fields: as in the batch, (B, l, ...), or (l, B, ...) for order "LB"; in the graph of the whole, and
+            views of it where the rank holds one run of the sequence. Each rank's gradient of the whole is that of its
+            own tokens, so sum it over the ranks.
         sharding: which tokens each rank holds.
         rank: whose part it is.
     """

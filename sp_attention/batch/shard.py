@@ -162,7 +162,7 @@ class CompletedBatch:
 
 
 def cut(x_BL: Tensor, sharding: TokenSharding, rank: int) -> Tensor:
-    """(..., B, L) -> this rank's (..., B, l), or (..., l, B) for order "LB"; a view."""
+    """(..., B, L) -> this rank's (..., B, l), or (..., l, B) for order "LB"; a view where that is one run."""
     tokens_first = in_order(x_BL.movedim((-2, -1), (0, 1)), sharding)
     return sharding.shard(tokens_first, rank).movedim((0, 1), (-2, -1))
 

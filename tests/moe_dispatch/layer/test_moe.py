@@ -23,6 +23,7 @@ from tests.support.dispatch.moe import (
     pull,
     run_layer,
 )
+from tests.support.orders import drawn_lists
 
 pytestmark = pytest.mark.usefixtures("uncovered")
 
@@ -33,8 +34,11 @@ def random_case(seed: int) -> Case:
     groups = rng.choice((1, 2))
     marks = sorted(rng.randint(0, 4) for _ in range(ranks - 1))
     parts = [2 * (b - a) for a, b in itertools.pairwise([0, *marks, 4])]
+    in_pieces = seed % 3 == 0
+    seq = (*(rng.choice((0, 1, 2, 4)) for _ in range(ranks + in_pieces)), 1)[1 - in_pieces :]
     return Case(
-        seq=(*(rng.choice((0, 1, 2, 4)) for _ in range(ranks - 1)), 1),
+        seq=seq,
+        held=drawn_lists(len(seq), ranks, rng) if in_pieces else None,
         batch=(rng.randint(1, 3),),
         experts=tuple(parts),
         order=rng.choice(("BL", "LB")),

@@ -60,7 +60,10 @@ class TextbookUlysses:
 
     def __init__(self, workload: UlyssesWorkload, group: dist.ProcessGroup) -> None:
         ranks = group.size()
-        for what, sizes in (("tokens", workload.sharding.seq.sizes), ("query heads", workload.heads.sizes)):
+        for what, sizes in (
+            ("tokens", workload.sharding.places.lengths.sizes),
+            ("query heads", workload.heads.sizes),
+        ):
             if len(set(sizes)) > 1:
                 raise NotApplicable(f"needs even shards; {what} per rank are {sizes}")
         if workload.num_kv % ranks:

@@ -33,7 +33,7 @@ def offset_without_batch(_right: Right) -> Wrong:
 
 def padded_length_offset(_right: Right) -> Wrong:
     def global_token(sharding: TokenSharding, local_token: Tensor, rank: int) -> Tensor:
-        length, ranks = max(sharding.seq.sizes), len(sharding.seq)
+        length, ranks = max(sharding.places.lengths.sizes), len(sharding.held)
         return (local_token // length) * (length * ranks) + (rank % ranks) * length + local_token % length
 
     return global_token

@@ -1,5 +1,7 @@
 """Attention in any order of tokens has the bits of contiguous shards: outputs, and all gradients."""
 
+import random
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -10,9 +12,10 @@ from moe_dispatch import Partition, TokenSharding
 from moe_dispatch.testing import RankThreads
 from sp_attention import heads_from_tokens, tokens_from_heads, ulysses_attention
 from tests.support.attention.case import Case, named_case
-from tests.support.attention.masks import CROSS
+from tests.support.attention.masks import CROSS, PACKED
+from tests.support.attention.masks import KINDS as MASKS
 from tests.support.attention.whole import Whole
-from tests.support.orders import contiguous, cut_by_loops, shardings, whole_by_loops
+from tests.support.orders import contiguous, cut_by_loops, drawn_lists, shardings, whole_by_loops
 from tests.support.ranks import world
 from tests.support.tensors import Order, grad_of, leaf
 
@@ -87,6 +90,40 @@ def test_the_bits_of_contiguous_shards(ranks: int, kind: str, order: Order, rank
     for got, of_call in zip(found, of_calls, strict=False):
         assert got.keys() == wanted.keys()
         assert [name for name, x in wanted.items() if not torch.equal(got[name], x)] == [], of_call
+
+
+def drawn_case(seed: int) -> tuple[Case, list[Shardings]]:
+    """Any mask, lists of pieces, lengths and heads; contiguous shards at last."""
+    draw = random.Random(seed)
+    kind, ranks, order = list(MASKS)[seed % len(MASKS)], draw.randint(1, 4), draw.choice(ORDERS)
+    is_packed = kind in PACKED
+    batch = 1 if is_packed else draw.randint(1, 3)
+
+    def drawn(length: int) -> TokenSharding:
+        ends = sorted(draw.randint(0, length) for _ in range(draw.randint(0, 7)))
+        seq = Partition(b - a for a, b in pairwise([0, *ends, length]))
+        return TokenSharding(batch=batch, seq=seq, held=drawn_lists(len(seq), ranks, draw), order=order)
+
+    lengths = draw.choice((1, ranks, 7, 23)), draw.choice((2, 9, 23))
+    heads = draw.choice(((1, 1), (4, 2), (6, 3), (3, 1)))
+    kv_seq = (lengths[1],) if kind in CROSS else None
+    case = named_case(ranks, kind, (lengths[0],), batch=batch, num_heads=heads, widths=(4, 6), kv_seq=kv_seq)
+    of_queries = drawn(lengths[0])
+    of_keys = drawn(lengths[1]) if kind in CROSS else of_queries
+    return case, [(of_queries, of_keys), (contiguous(of_queries), contiguous(of_keys))]
+
+
+@pytest.mark.parametrize(
+    "seed", [*range(8), *(pytest.param(seed, marks=pytest.mark.sweep) for seed in range(8, 400))]
+)
+def test_drawn_orders_have_the_bits_of_contiguous_shards(seed: int, rank_threads: RankThreads) -> None:
+    case, of_calls = drawn_case(seed)
+    whole = Whole.of(case, torch.float64)
+    per_rank = rank_threads.run(attended, case.ranks, whole, of_calls)
+    got, wanted = (
+        together(list(x), of_call) for x, of_call in zip(zip(*per_rank, strict=True), of_calls, strict=True)
+    )
+    assert [name for name, x in wanted.items() if not torch.equal(got[name], x)] == [], (case, of_calls[0])
 
 
 def test_dropout_has_the_pattern_of_contiguous_shards(rank_threads: RankThreads) -> None:
