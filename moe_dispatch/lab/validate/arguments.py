@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 from ..desk.exits import EXIT_STATUS
 from ..desk.options import add_json, add_plot, add_timeout
+from . import EVERY_TYPE
 
 if TYPE_CHECKING:
     from .command import Job, Listing, Refusal
 
 DEFAULT, DEFAULT_OF_SUBJECTS, DEFAULT_OF_HF = "deepseek_v3_debug", "matrix", "transformers"
+DEFAULT_OF_EVERY_TYPE = "every_type"
 DESCRIPTION = (
     "Train a small DeepSeek-style model, or yours, on real text under every row of a matrix of data, sequence, "
     "tensor and expert parallelism, and compare logits, loss, gradients and the loss curve with one process. The "
@@ -43,7 +45,7 @@ def add_validate(commands: Any) -> None:
         "--hf",
         metavar="NAME_OR_JSON_OR_FOLDER",
         help="judge a causal MoE model of Transformers: a model type, e.g. qwen3_moe, or a config.json, both shrunk "
-        "to a debug size; or a folder with weights, as it is",
+        f"to a debug size; a folder with weights, as it is; or {EVERY_TYPE}, all model types that there are",
     )
     parser.add_argument(
         "--text", metavar="FILE", type=Path, help="train on this file (default: Python's own help texts)"
@@ -68,5 +70,6 @@ def _prepare(arguments: argparse.Namespace) -> "Job | Listing | Refusal":
     from .command import prepare  # needs the extra "cli"
 
     if not arguments.config:
-        arguments.config = DEFAULT_OF_HF if arguments.hf else DEFAULT_OF_SUBJECTS if arguments.subject else DEFAULT
+        of_hf = DEFAULT_OF_EVERY_TYPE if arguments.hf == EVERY_TYPE else DEFAULT_OF_HF
+        arguments.config = of_hf if arguments.hf else DEFAULT_OF_SUBJECTS if arguments.subject else DEFAULT
     return prepare(arguments)

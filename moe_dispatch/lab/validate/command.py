@@ -19,7 +19,7 @@ from ..desk.provenance import provenance, versions
 from ..desk.ranks.launch import Launched, Ranks, find_launched, find_ranks
 from .config.load import load_config, load_matrix
 from .config.tables import HfConfig, MatrixConfig, SubjectConfig
-from .hf import HfSource, rows_of_hf
+from .hf import rows_of_hf
 from .matrix import run_matrix, run_mutants
 from .mutants.mutants import MUTANTS
 from .rows import Row
@@ -188,7 +188,7 @@ def _config_and_rows(arguments: argparse.Namespace) -> tuple[Path, MatrixConfig,
     if arguments.hf is not None:
         path = find_config(arguments.config, tool="subjects")
         of_hf = load_matrix(path, HfConfig)
-        return path, of_hf, *rows_of_hf(of_hf, HfSource.of(arguments.hf))
+        return path, of_hf, *rows_of_hf(of_hf, arguments.hf)
     if arguments.subject is not None:
         path = find_config(arguments.config, tool="subjects")
         of_user = load_matrix(path, SubjectConfig)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...judge.subject import Subject
+from . import EVERY_TYPE
 from .config.tables import HfConfig
 from .rows import Row
 
@@ -39,7 +40,7 @@ class HfSource:
         from sp_attention.integrations.transformers.judged import problem_of_subject_over_ranks, subject_of
 
         if problem := problem_of_subject_over_ranks(subject_of(what)):
-            raise ValueError(f"--hf {what} cannot be judged: {problem}")
+            raise ValueError(problem)
         return cls(what, cls.digest_of(what), "moe_dispatch")
 
     @staticmethod
@@ -71,14 +72,47 @@ class HfSource:
         return subject_of(self.what, ep_implementation=self.ep_implementation)
 
 
-def rows_of_hf(config: HfConfig, source: HfSource) -> tuple[Sequence[Row], Sequence[str]]:
-    """The rows that can run; what the model is, and of each other row a sentence that says why it is left out."""
-    rows, notes = [], [source.subject().told]
+def rows_of_hf(config: HfConfig, what: str) -> tuple[Sequence[Row], Sequence[str]]:
+    """The rows of ``what`` that can run, and notes: what the model is, and of each other row why it is left out.
+
+    Raises:
+        ValueError: it cannot be judged.
+    """
+    if what == EVERY_TYPE:
+        return _rows_of_every_type(config)
+    source = HfSource.of(what)
+    rows, left_out = _rows(config, source, "")
+    return rows, [source.subject().told, *left_out]
+
+
+def _rows_of_every_type(config: HfConfig) -> tuple[Sequence[Row], Sequence[str]]:
+    """The rows of every type that is not refused, and why others are."""
+    from sp_attention.integrations.transformers.judged import causal_moe_types
+
+    rows: list[Row] = []
+    notes: list[str] = []
+    types = causal_moe_types()
+    for kind in types:
+        try:
+            of_kind, left_out = _rows(config, HfSource.of(kind), f"{kind}, ")
+        except ValueError as error:
+            notes.append(f"{kind} is refused: {error}")
+        else:
+            rows += of_kind
+            notes += left_out
+    judged, release = len({row.source for row in rows}), version("transformers")
+    told = f"Transformers {release} has {len(types)} causal types with experts, of which {judged} can be judged"
+    return rows, [told, *notes]
+
+
+def _rows(config: HfConfig, source: HfSource, prefix: str) -> tuple[Sequence[Row], Sequence[str]]:
+    rows: list[Row] = []
+    left_out: list[str] = []
     for row in config.rows:
-        of_row = HfSource(source.what, source.digest, row.ep_implementation)
+        name, of_row = f"{prefix}{row.name}", HfSource(source.what, source.digest, row.ep_implementation)
         if problem := of_row.subject().problem_in(row.layout):
-            notes.append(f"{row.name} is left out: {problem}")
+            left_out.append(f"{name} is left out: {problem}")
             continue
         special = ", ".join(row.special())
-        rows.append(Row(name=row.name, source=of_row, layout=row.layout, one_head=False, special=special))
-    return rows, notes
+        rows.append(Row(name=name, source=of_row, layout=row.layout, one_head=False, special=special))
+    return rows, left_out

@@ -15,7 +15,7 @@ from .step import IGNORED, Step
 def causal_lm_loss(model: Any, out: Any, step: Step, *, num_targets: int | Tensor | None = None) -> MeanLoss:
     """What Transformers' model gives as ``loss`` on one process with the whole batch: the mean of the cross-entropy
     over the targets of all ranks, plus ``router_aux_loss_coef`` times the load-balancing loss over all tokens where
-    ``out`` has router logits (``output_router_logits``).
+    the model has one and is asked for it (``output_router_logits``).
 
     Args:
         model: for its factor and K.
@@ -34,11 +34,11 @@ def causal_lm_loss(model: Any, out: Any, step: Step, *, num_targets: int | Tenso
     mean = mean_cross_entropy(
         step.own(out.logits), step.target_Bl, group=group, ignore_index=IGNORED, num_targets=num_targets
     )
-    router_logits = getattr(out, "router_logits", None)
-    if router_logits is None:
+    # Models without such a loss (DeepSeek-V3) have router logits, too. Its value is that of this rank's tokens.
+    if getattr(out, "aux_loss", None) is None:
         return mean
     aux = model.router_aux_loss_coef * global_aux_loss(
-        router_logits, top_k=model.num_experts_per_tok, real_t=step.feed(step.real_Bl).flatten(), group=group
+        out.router_logits, top_k=model.num_experts_per_tok, real_t=step.feed(step.real_Bl).flatten(), group=group
     )
     whole_aux = aux.detach().clone()
     dist.all_reduce(whole_aux, group=group)

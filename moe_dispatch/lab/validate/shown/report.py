@@ -21,6 +21,7 @@ from ..text import Corpus
 
 MESH = "dp sp tp ep"
 BELOW = "; --json has all"
+MOST_REFERENCES = 12  # lines about one process: where each row has its own, they would double the table
 VERDICTS = ("agrees", "disagreeing", "could_show", "caught")
 
 
@@ -40,7 +41,8 @@ def print_matrix(console: Console, run: MatrixRun, *, notes: Sequence[str]) -> N
         ),  # the curve starts with the loss
         below=BELOW,
     )
-    for reference in run.references:
+    shown = run.references if len(run.references) <= MOST_REFERENCES else ()
+    for reference in shown:
         shape = f"{reference.shape[0]} x {reference.shape[1]}"
         unmeasured = [""] * len(QUANTITIES)
         name = ", ".join(filter(None, ("one process", reference.special)))

@@ -33,7 +33,9 @@ class Maker(Protocol):
     @property
     def config(self) -> Any: ...
 
-    def make(self) -> Any: ...
+    def make(self) -> Any:
+        """Without dropout and jitter (``eval()``): a random model cannot be compared."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +48,7 @@ class Drawn:
         with torch.random.fork_rng(devices=[]):
             model = AutoModelForCausalLM.from_config(copy.deepcopy(self.config), **OWN_CODE)
         draw_wide(model)
-        return model
+        return model.eval()
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +76,7 @@ class Stored:
         model, told = loaded
         if problem := _problem_of_names(told):
             raise ValueError(f"the weights in {self.folder} are not those of the model: {problem}")
-        return model
+        return model.eval()
 
 
 def structure(config: Any) -> Any:

@@ -23,7 +23,6 @@ OF_WINDOWS = re.compile(r"sliding_window(_size)?")
 OF_EXPERTS = re.compile(r"(moe_)?num_(local_)?experts|n_routed_experts")
 OF_CHOICES = re.compile(r"num_experts_per_tok(en)?|moe_topk|moe_k|top_k_experts")
 OF_GROUPS, OF_CHOSEN_GROUPS = re.compile(r"n_group|num_expert_group"), re.compile(r"topk_group")
-OF_RANDOMNESS = re.compile(r".*(dropout|jitter_noise)")
 OF_TOKENS = re.compile(r".*_token_id")
 # What default configs leave open (None), and models need.
 OPEN = MappingProxyType({"head_dim": HEAD_WIDTH, "n_shared_experts": 1})
@@ -32,7 +31,7 @@ Settings = dict[str, Any]
 
 
 def shrunk(config: Any) -> Any:
-    """A config of the same class: small, and without dropout and jitter.
+    """A config of the same class, small.
 
     Kept are the ratios of heads to key/value heads, of widths of heads to each other, of chosen groups of experts to
     all; how many experts there are per choice, up to 8; a layer of each kind (dense and MoE, full and in windows), in
@@ -114,7 +113,5 @@ def _rest(scopes: list[Settings]) -> None:
         for name, x in of.items():
             if OF_TOKENS.fullmatch(name):
                 of[name] = None
-            elif OF_RANDOMNESS.fullmatch(name) and isinstance(x, float):
-                of[name] = 0.0
             elif x is None and name in OPEN:
                 of[name] = OPEN[name]

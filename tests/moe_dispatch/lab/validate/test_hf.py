@@ -1,6 +1,7 @@
 """`validate --hf`: rows of a Transformers model, its refusals, and what the table says of it."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -14,16 +15,17 @@ from moe_dispatch.lab.validate.matrix import run_matrix, run_mutants
 from moe_dispatch.lab.validate.mutants.mutants import MUTANTS
 from moe_dispatch.lab.validate.text import batches_of_bytes, default_text
 from moe_dispatch.testing import RankPool
-from tests.support.lab.configs import CONFIGS
+from tests.support.lab.configs import CONFIGS, ROOT
 from tests.support.lab.scripted_ranks import Script
 from tests.support.lab.small_matrix import QuietWatcher, UncoveredRanks
 from tests.support.transformers.models import FAMILIES
 
 MATRIX = load_matrix(CONFIGS / "subjects" / "transformers.toml", HfConfig)
+EVERY_TYPE = load_matrix(CONFIGS / "subjects" / "every_type.toml", HfConfig)
 
 
 def rows_of(what: str, *names: str):
-    rows, _ = rows_of_hf(MATRIX, HfSource.of(what))
+    rows, _ = rows_of_hf(MATRIX, what)
     return [row for row in rows if not names or row.name in names]
 
 
@@ -64,6 +66,20 @@ def test_a_mutant_is_caught(rank_pool: RankPool) -> None:
 
 
 @pytest.mark.sweep
+def test_every_type_agrees_or_is_refused_as_the_page_says(rank_pool: RankPool) -> None:
+    rows, (_, *refused) = rows_of_hf(EVERY_TYPE, "every-type")
+    page = (ROOT / "docs/transformers.md").read_text().partition("## Every type")[2].partition("\n## ")[0]
+    page = page.partition("rows:")[2].partition("`layer_types`")[0]  # the lists
+    agreeing, _, told_refused = page.partition("Refused")
+    for told, names in ((agreeing, [row.source.told for row in rows]), (told_refused, refused)):
+        assert set(re.findall(r"`([a-z0-9_]+)`", told)) == {name.split()[0] for name in names}
+    ranks = UncoveredRanks(rank_pool, 4)
+    found = run_matrix(EVERY_TYPE, rows, text_of(rows), mutant="", ranks=ranks, watcher=QuietWatcher())
+    assert found.verdict == f"{2 * len(rows)} of {2 * len(rows)} rows agree"
+    assert len(rows) >= 60  # of 30 types
+
+
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_whole_matrix(rank_pool: RankPool, name: str) -> None:
     assert run(rank_pool, rows_of(name)).verdict == "32 of 32 rows agree"
@@ -94,11 +110,28 @@ def test_rows_are_listed_with_lengths_and_padding(script: Script, capsys: pytest
     assert script.launches == set()
 
 
+def test_every_type_has_rows_or_a_reason(
+    script: Script, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    types = ("hunyuan_v1_moe", "mixtral", "qwen3_next")
+    monkeypatch.setattr("sp_attention.integrations.transformers.judged.causal_moe_types", lambda: types)
+    assert cli.main(["validate", "--hf", "every-type"]) == 0
+    assert [name for name, dtype, _ in script.calls if dtype == "float64"] == [
+        f"{kind}, {row}" for kind in types[:2] for row in ("DP2 x SP2 + EP4, left-padded", "SP4 + EP4, packed")
+    ]
+    *_, count, refused, verdict = capsys.readouterr().out.splitlines()
+    assert count.endswith("has 3 causal types with experts, of which 2 can be judged")
+    assert refused.startswith(
+        "qwen3_next is refused: qwen3_next has layers ['linear_attention'], which do not attend"
+    )
+    assert verdict == "8 of 8 rows agree"
+
+
 def test_what_cannot_be_judged_is_exit_status_2(script: Script, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["validate", "--hf", "qwen3_next"]) == 2
     assert "qwen3_next has layers ['linear_attention'], which do not attend" in capsys.readouterr().err
     assert cli.main(["validate", "--hf", "qwen3"]) == 2
-    assert "--hf qwen3 cannot be judged: Qwen3ForCausalLM has no experts" in capsys.readouterr().err
+    assert "moe-dispatch: Qwen3ForCausalLM has no experts" in capsys.readouterr().err
     assert script.launches == set()
 
 

@@ -5,10 +5,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoConfig
 
 from moe_dispatch import ParallelMesh
 from moe_dispatch.testing import Comparison, Layout, RankThreads, compare_with_one_process
 from sp_attention.integrations.transformers.judged import TransformersSubject, subject_of
+from sp_attention.integrations.transformers.judged.models import Drawn
+from sp_attention.integrations.transformers.judged.shrunk import shrunk
 from tests.support.transformers.models import FAMILIES
 
 # Two rows packed into four documents; one padded row; a rank without tokens in each.
@@ -29,6 +32,29 @@ def test_a_model_over_ranks_is_that_of_one_process(rank_threads: RankThreads, na
             assert comparison.agrees, str(comparison)
             assert comparison.words == ()
             assert max(difference.value for difference in comparison.differences) < 2e-14  # measured: 5e-15
+
+
+def with_settings(kind: str, settings: dict[str, Any], layout: Layout) -> Comparison:
+    config = AutoConfig.for_model(kind, **settings)
+    subject = TransformersSubject(Drawn(shrunk(config)), "moe_dispatch")
+    return compare_with_one_process(subject, layout, torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("deepseek_v3", {"output_router_logits": True}),  # it has router logits, and no balance loss
+        ("qwen3_moe", {"output_router_logits": True, "router_aux_loss_coef": 0.1, "tie_word_embeddings": True}),
+        ("phimoe", {"input_jitter_noise": 0.1}),  # its router draws in training, too
+        ("mixtral", {"attention_dropout": 0.3, "router_jitter_noise": 0.1}),
+        ("afmoe", {}),  # with a parameter that does not learn
+    ],
+)
+def test_settings_that_change_loss_weights_or_randomness(
+    rank_threads: RankThreads, kind: str, settings: dict[str, Any]
+) -> None:
+    for comparison in rank_threads.run(with_settings, 4, kind, settings, PADDED):
+        assert comparison.agrees, str(comparison)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
