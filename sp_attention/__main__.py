@@ -27,11 +27,13 @@ HEADER = ("case", "tokens per rank", "q", "k", "v", "out", "dq", "dk", "dv", "ve
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Case:
-    """One call. ``seq`` and ``kv_seq`` are tokens per rank, ``heads`` (N, G), ``widths`` those of q and v."""
+    """One call. ``seq`` and ``kv_seq`` are the pieces of the sequences, one per rank unless ``held`` tells those of
+    each rank; ``heads`` (N, G), ``widths`` those of q and v."""
 
     name: str
     seq: tuple[int, ...]
     kv_seq: tuple[int, ...] | None = None
+    held: tuple[tuple[int, ...], ...] | None = None
     batch: int = 2
     heads: tuple[int, int] = (4, 4)
     widths: tuple[int, int] = (8, 8)
@@ -43,7 +45,7 @@ class Case:
     def shardings(self) -> tuple[TokenSharding, TokenSharding, TokenSharding]:
         """Of q, k and v."""
         query, kv = (
-            TokenSharding(batch=self.batch, seq=Partition(seq), order=self.order)
+            TokenSharding(batch=self.batch, seq=Partition(seq), held=self.held, order=self.order)
             for seq in (self.seq, self.kv_seq or self.seq)
         )
         return query, kv, kv
@@ -91,6 +93,13 @@ def cases() -> list[Case]:
         ),
         Case(name="sinks", seq=(2, 2, 2, 1), options=causal | {"sinks_N": torch.arange(4.0, dtype=torch.float64)}),
         Case(name="cross-attention", seq=(2, 1, 1, 1), kv_seq=(0, 5, 4, 2), heads=(4, 2), options=causal),
+        Case(
+            name="zigzag order",
+            seq=(2, 1, 2, 1, 2, 1, 1, 1),
+            held=((0, 7), (1, 6), (2, 5), (3, 4)),
+            heads=(4, 2),
+            options=causal,
+        ),
         Case(name="sequence first", seq=(3, 0, 5, 1), order="LB", heads=(6, 3), options=causal),
     ]
 
@@ -136,7 +145,8 @@ def report(pool: RankPool) -> int:
         differences = compared(case, pool)
         agrees = all(difference <= TOLERANCE for difference in differences)
         status |= not agrees
-        tokens = " ".join("+".join(map(str, seq)) for seq in (case.seq, case.kv_seq) if seq)
+        shardings = case.shardings[: 2 if case.kv_seq else 1]
+        tokens = " ".join("+".join(map(str, sharding.places.lengths.sizes)) for sharding in shardings)
         shapes = ["x".join(map(str, case.in_order(x).shape)) for x in case.tensors()[:3]]
         numbers = [f"{difference:.1e}" for difference in differences]
         rows.append((case.name, tokens, *shapes, *numbers, "agrees" if agrees else "DIFFERS"))

@@ -30,6 +30,7 @@ NAMES = [
     "packed, NaN between",
     "sinks",
     "cross-attention",
+    "zigzag order",
     "sequence first",
 ]
 
@@ -158,6 +159,9 @@ def test_each_case_is_what_its_name_says() -> None:
     assert all(bool(x[:, list(packed.nan_at)].isnan().all()) for x in packed.tensors())
     assert "sinks_N" in cases["sinks"].options
     assert cases["cross-attention"].kv_seq not in (None, cases["cross-attention"].seq)
+    zigzag, _, _ = cases["zigzag order"].shardings
+    assert [len(zigzag.runs(rank)) for rank in range(program.RANKS)] == [2, 2, 2, 1]
+    assert len(set(zigzag.local_sizes)) > 1
     assert cases["sequence first"].order == "LB"
 
 
