@@ -1,6 +1,7 @@
 """What ``sp_attention`` builds on besides the public names: the one door between the two packages. Not for users."""
 
 from .layer.share import expert_layers
+from .layout.partition import check_count
 from .wire.agreement import BAD, Statement, digest
 from .wire.autocast import cast_to_autocast, without_autocast
 from .wire.exchange import check_group, check_is_group, start_exchange
@@ -12,6 +13,7 @@ __all__ = [
     "BAD",
     "Statement",
     "cast_to_autocast",
+    "check_count",
     "check_group",
     "check_is_group",
     "copy_in_group",

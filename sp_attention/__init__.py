@@ -4,6 +4,7 @@ Words for where a token is:
 
     place      in the whole sequence, 0 to L - 1, padding included; where documents are packed, in the packed sequence
     position   the position id that the model embeds (rotary, learned); it may start anew in each document
+    run        places that follow each other, in the sequence and in a rank's tensor
     document   a run of places whose tokens attend to each other only
     padding    a place that holds no token
 """

@@ -11,6 +11,7 @@ Pieces = tuple[Partition, Held]
 
 def zigzag(length: int, ranks: int) -> Pieces:
     """Pieces r and 2 * ranks - 1 - r for rank r: of the keys before them, the two have equally many on every rank."""
+    check_count(length, "length", least=0)
     check_count(ranks, "ranks", least=1)
     seq = Partition.balanced(length, 2 * ranks)
     return seq, tuple((rank, 2 * ranks - 1 - rank) for rank in range(ranks))

@@ -7,6 +7,7 @@ from typing import Literal
 from torch import Tensor
 
 from moe_dispatch import Partition, TokenSharding
+from moe_dispatch.internals import check_count
 
 from ..attend.documents import Documents
 
@@ -43,13 +44,14 @@ def balance(
     Raises:
         ValueError: documents or numbers that cannot be.
     """
-    seq = Partition.balanced(length, ranks)  # refuses numbers that cannot be
+    check_count(length, "length", least=0)
+    check_count(ranks, "ranks", least=1)
     documents, problem = Documents.read(cu_seqlens, cu_seqlens_padded, 1, (length, length))
     if documents is None:
         raise ValueError(problem or "cu_seqlens is None; pass (0, L) for one document")
     if problem:
         raise ValueError(problem)
-    runs = balanced_runs(documents.spans, length, len(seq))
+    runs = balanced_runs(documents.spans, length, ranks)
     return TokenSharding.of_runs(batch=1, length=length, runs=runs, order=order)
 
 

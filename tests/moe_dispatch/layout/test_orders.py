@@ -206,6 +206,10 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
         "ranks is 0; it has to be an int of at least 1",
     ),
     (
+        lambda: TokenSharding.zigzag(batch=1, length=-1, ranks=2),
+        "length is -1; it has to be an int of at least 0",
+    ),
+    (
         lambda: TokenSharding.striped(batch=1, length=5, ranks=2, stripe=0),
         "stripe is 0; it has to be an int of at least 1",
     ),

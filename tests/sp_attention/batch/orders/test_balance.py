@@ -108,7 +108,7 @@ def test_what_it_gives_is_for_shard_batch(rank_threads: RankThreads) -> None:
 def test_what_cannot_be_is_refused() -> None:
     ends = torch.tensor([0, 3, 7])
     assert refusal(lambda: balance(ends, 0, length=7)) == "ranks is 0; it has to be an int of at least 1"
-    assert refusal(lambda: balance(ends, 2, length=-1)) == "total is -1; it has to be an int of at least 0"
+    assert refusal(lambda: balance(ends, 2, length=-1)) == "length is -1; it has to be an int of at least 0"
     assert "documents end at 7 of a packed sequence of 8 tokens" in refusal(lambda: balance(ends, 2, length=8))
     assert "it has to start at 0 and never fall" in refusal(lambda: balance(ends.flip(0), 2, length=7))
     assert "cu_seqlens is list" in refusal(lambda: balance([0, 7], 2, length=7))  # type: ignore[arg-type]
