@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from sp_attention import blockwise_attend
+from sp_attention import blockwise_attend, scaled_dot_product
 from sp_attention.blocks import operators
 from sp_attention.blocks.dropout import Dropout
 from sp_attention.reference import reference_attention
@@ -227,6 +227,18 @@ def test_no_tensor_has_queries_times_keys(name: str) -> None:
     with largest_inside() as whole:
         torch.autograd.grad(blockwise_attend(chunk=512)(*leaves, **LARGE["dropout"]).sum(), leaves)
     assert whole.numel >= queries * length  # it would be seen
+
+
+@pytest.mark.parametrize("name", ["window", "sinks", "padding"])
+def test_nor_has_the_default(name: str) -> None:
+    """Its tiles are 512 x 512."""
+    length, options = 1600, dict(LARGE[name])
+    if name == "padding":
+        options["key_padding_mask"] = torch.arange(length)[None] % 3 > 0
+    leaves = [torch.ones(1, length, heads, 8).requires_grad_() for heads in (2, 1, 1)]
+    with largest_inside() as largest:
+        torch.autograd.grad(scaled_dot_product(*leaves, **options).sum(), leaves)
+    assert largest.numel <= 2 * 512 * 512 < length * length // 4
 
 
 # ---- what users put around it --------------------------------------------------------------------------

@@ -1,12 +1,18 @@
-"""The default ``attend`` and masks of another dtype."""
+"""The default ``attend``: masks of another dtype, and what it computes in tiles."""
 
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sp_attention import scaled_dot_product
+from sp_attention.attend import default
 from sp_attention.blocks.dropout import Dropout
+from sp_attention.reference import reference_attention
+from tests.support.compile import untraced
+from tests.support.tensors import TOLERANCE, difference
 
 
 @pytest.mark.parametrize("option", ["none", "sinks", "dropout"])
@@ -29,3 +35,88 @@ def test_the_lowest_number_of_a_wider_mask_is_a_no(dtype: torch.dtype, mask_dtyp
         found.append([out_BLnH, *torch.autograd.grad(out_BLnH.float().sum(), (q_BLnH, k_BLgH, v_BLgH))])
     assert all(torch.equal(low, minus_inf) for low, minus_inf in zip(*found, strict=True))
     assert not any(x.isnan().any() for x in found[0])
+
+
+# ---- long sequences, in tiles --------------------------------------------------------------------------
+
+LONG: dict[str, dict[str, Any]] = {
+    "window": {"window": (100, 3)},
+    "causal window": {"window": (70, -1), "is_causal": True},
+    "padding": {"key_padding_mask": torch.arange(620) < torch.tensor([[600], [90]]), "is_causal": True},
+    "sinks": {"sinks_n": torch.tensor([0.5, -1.0, 2.0, 0.0]).double(), "is_causal": True},
+    "dropout": {"dropout": Dropout(p=0.3, seed=torch.tensor(3), first_head=2)},
+    "sinks and a mask": {
+        "sinks_n": torch.zeros(4).double(),
+        "attn_mask": torch.linspace(-3, 3, 560, dtype=torch.float64)[:, None].expand(1, 1, -1, 620),
+    },
+    "causal": {"is_causal": True},  # of 560 queries and 620 keys
+}
+
+
+class Called(TorchDispatchMode):
+    """The names of our operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "sp_attention":
+            self.names.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def long_tensors() -> list[Tensor]:
+    draw = torch.Generator().manual_seed(0)
+    shapes = ((560, 4, 6), (620, 2, 6), (620, 2, 4), (560, 4, 4))
+    return [torch.randn(2, *shape, generator=draw, dtype=torch.float64) for shape in shapes]
+
+
+@pytest.mark.usefixtures("uncovered")
+@pytest.mark.parametrize("name", LONG)
+def test_long_sequences_in_tiles_are_those_on_whole_tensors(name: str) -> None:
+    """And both those of the reference, but for dropout, which it has no seed for."""
+    answers = []
+    for tile in (512, 10_000):
+        leaves = [x.requires_grad_() for x in long_tensors()[:3]]
+        with pytest.MonkeyPatch.context() as patch, Called() as called:
+            patch.setattr(default, "TILE", tile)
+            out = scaled_dot_product(*leaves, **LONG[name])
+            answers.append([out.detach(), *torch.autograd.grad(out, leaves, long_tensors()[3])])
+        assert bool(called.names) == (tile == 512)
+    options: dict[str, Any] = {{"sinks_n": "sinks_N"}.get(key, key): value for key, value in LONG[name].items()}
+    if name != "dropout":
+        leaves = [x.requires_grad_() for x in long_tensors()[:3]]
+        out = reference_attention(*leaves, **options)
+        answers.append([out.detach(), *torch.autograd.grad(out, leaves, long_tensors()[3])])
+    for other in answers[1:]:
+        assert max(map(difference, other, answers[0])) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("length", "options", "in_tiles"),
+    [
+        (512, {"window": (3, 0)}, False),
+        (513, {"window": (3, 0)}, True),
+        (600, {}, False),
+        (600, {"is_causal": True}, False),
+        (600, {"attn_mask": torch.ones(1, 1, 600, 600, dtype=torch.bool)}, False),
+    ],
+)
+def test_what_fits_in_a_tile_and_what_torch_can_is_no_tiles(length: int, options: Any, in_tiles: bool) -> None:
+    x = torch.ones(1, length, 1, 8)
+    with Called() as called:
+        scaled_dot_product(x, x, x, **options)
+    assert called.names == ["attend_pieces.default"] * in_tiles
+
+
+@untraced()
+def test_tiles_are_one_operator_of_a_graph() -> None:
+    torch._dynamo.reset()
+    answers = []
+    for run in (scaled_dot_product, torch.compile(scaled_dot_product, fullgraph=True, backend="aot_eager")):
+        leaves = [x.requires_grad_() for x in long_tensors()[:3]]
+        sinks_n = torch.zeros(4, dtype=torch.float64, requires_grad=True)
+        out = run(*leaves, window=(30, 2), sinks_n=sinks_n)
+        answers.append([out.detach(), *torch.autograd.grad(out, [*leaves, sinks_n], long_tensors()[3])])
+    assert max(map(difference, *answers)) < TOLERANCE

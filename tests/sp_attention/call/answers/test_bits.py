@@ -72,6 +72,19 @@ def test_bit_equal_where_one_head_meets_one_key(rank_threads: RankThreads, kind:
     assert in_bits(rank_threads, 2, batch, torch.float32) == []
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bit_equal_where_sequences_are_attended_to_in_tiles(rank_threads: RankThreads, dtype: torch.dtype) -> None:
+    """From 512 x 512 on. Ranks have 3, 0 and 3 heads, or 2 each; one has no tokens."""
+    kv_seq = {"cross causal": (300, 20, 250)}
+    batch = [
+        named_case(3, kind, (300, 0, 241), batch=1, num_heads=(6, 6), widths=widths, kv_seq=kv_seq.get(kind))
+        for kind in ("causal window", "right pad", "sinks", "cross causal")
+        for widths in ((6, 4), (64, 64))
+    ]
+    batch += [replace(case, heads=(3, 0, 3)) for case in batch[::2]]
+    assert in_bits(rank_threads, 3, batch, dtype) == []
+
+
 @pytest.mark.sweep
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
