@@ -13,6 +13,10 @@ from .results import Difference, OnMesh, Reference, Training
 
 MOST_NAMED = 3  # parameters in a sentence
 RANDOM = 0.01  # of the largest gradient; rounding moves it by 1e-6 in float32
+OTHERWISE_COUNTED = (
+    "logits agree and the loss does not: it counts targets, their mean or an auxiliary loss otherwise, e.g. labels "
+    "shifted inside of a shard, a mean of each rank, or a balance loss of each shard"
+)
 MEANINGS = ("dp", "sp", "tp", "ep", "ranks")
 
 
@@ -49,7 +53,8 @@ def words_of(
         told += _of_logits(found, reference.training, by_quantity["logits"].tolerance, layout)
     if not by_quantity["loss"].agrees:
         limit = by_quantity["loss"].tolerance
-        told += _of_loss(found.training, reference.training, Finding(layout, lambda off: abs(off) <= 10 * limit))
+        finding = Finding(layout, lambda off: abs(off) <= 10 * limit)
+        told += _of_loss(found.training, reference.training, finding, logits_agree=by_quantity["logits"].agrees)
     if not by_quantity["gradients"].agrees:
         limit = by_quantity["gradients"].tolerance
         told += _of_gradients(
@@ -111,7 +116,7 @@ def _of_rows_that_agree(agrees_BL: Tensor, layout: Layout) -> str:
     return ""
 
 
-def _of_loss(found: Training, wanted: Training, finding: Finding) -> Iterator[str]:
+def _of_loss(found: Training, wanted: Training, finding: Finding, *, logits_agree: bool) -> Iterator[str]:
     got, right = found.losses[0], wanted.losses[0]
     if not right or not got or got != got:
         return
@@ -119,6 +124,8 @@ def _of_loss(found: Training, wanted: Training, finding: Finding) -> Iterator[st
         yield f"the loss is {count} times that of one process: each share is the whole, or a mean of fewer tokens"
     elif count := finding.count(right / got):
         yield f"the loss is 1/{count.partition(' ')[0]} of that of one process: divided once more than it should be"
+    elif logits_agree:
+        yield OTHERWISE_COUNTED
 
 
 def _of_gradients(found: Training, wanted: Training, limit: float, finding: Finding) -> Iterator[str]:

@@ -64,6 +64,7 @@ def test_nothing_is_said_of_what_agrees() -> None:
         ),
         (replace(WANTED, losses=(12.0, 2.5)), "the loss is 4 (ep or ranks) times that of one process"),
         (replace(WANTED, losses=(1.5, 2.5)), "the loss is 1/2 of that of one process"),
+        (replace(WANTED, losses=(3.7, 2.5)), "logits agree and the loss does not: it counts targets, their mean or"),
         (replace(WANTED, losses=(3.0, 2.6)), "the first step agrees and later ones do not"),
         (with_logits((0, 2), (0, 3), (1, 3)), "logits agree on the tokens of ranks 0, 2 only"),
         (with_logits((0, 1), (0, 3), (1, 1), (1, 3)), "logits agree at the first 1 places of each row"),
@@ -79,7 +80,9 @@ def test_a_difference_that_tells_what_it_is(found: Training, told: str) -> None:
 
 def test_a_difference_that_tells_nothing() -> None:
     assert words(with_gradients(a=GRADIENTS["a"] + torch.eye(3, 2, dtype=torch.float64))) == []
-    assert words(replace(WANTED, losses=(3.7, 2.5))) == []
+    assert words(replace(WANTED, losses=(torch.nan, torch.nan))) == []
+    (of_logits,) = words(replace(WANTED, logits_BLV=WANTED.logits_BLV + 1, losses=(3.7, 2.5)))
+    assert of_logits == "logits differ at every token"
 
 
 def test_a_model_that_is_random_is_told() -> None:
