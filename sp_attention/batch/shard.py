@@ -52,10 +52,10 @@ def shard_batch(batch: Batch, *, sharding: TokenSharding, group: dist.ProcessGro
         completed = CompletedBatch.of(batch, sharding)
         return completed.facts(batch, sharding), completed.part(batch, sharding, group.rank())
 
-    return agreed_by_ranks(cut, batch, group)
+    return agreed_by_ranks(cut, device_of(batch), group)
 
 
-def agreed_by_ranks(cut: Callable[[], tuple[str, PartT]], batch: Batch, group: dist.ProcessGroup) -> PartT:
+def agreed_by_ranks(cut: Callable[[], tuple[str, PartT]], device: torch.device, group: dist.ProcessGroup) -> PartT:
     """The part that ``cut`` makes, if no rank fails to, and the facts that it tells are those of all ranks."""
     facts, problem, cause = "", "", None
     parts: list[PartT] = []  # one, unless there is a problem
@@ -67,7 +67,7 @@ def agreed_by_ranks(cut: Callable[[], tuple[str, PartT]], batch: Batch, group: d
     except Exception as error:  # whatever it is, the peers wait for a word about it
         problem, cause = f"shard_batch raised {type(error).__name__}: {error}", error
     try:
-        agree(facts, problem=problem, device=device_of(batch), group=group)
+        agree(facts, problem=problem, device=device, group=group)
     except ValueError as told:
         raise told from cause
     return parts[0]

@@ -10,7 +10,7 @@ from torch import Tensor
 from moe_dispatch import ParallelMesh, Partition, TokenSharding
 
 from ..batch.batch import Batch, ShardedBatch
-from ..batch.checks import check_types
+from ..batch.checks import check_types, device_of
 from ..batch.shard import CompletedBatch, agreed_by_ranks
 
 
@@ -42,18 +42,21 @@ def shard_over_mesh(
     group: dist.ProcessGroup,
 ) -> MeshBatch:
     """See :meth:`Parallel.shard`."""
+    return agreed_by_ranks(lambda: facts_and_part(batch, mesh, lengths, sharding), device_of(batch), group)
 
-    def cut() -> tuple[str, MeshBatch]:
-        check_types(batch)
-        if batch.token_BL.ndim != 2:
-            raise ValueError(f"token_BL is {tuple(batch.token_BL.shape)}; it has to be (B, L)")
-        rows, length = batch.token_BL.shape
-        regions = _regions(rows, length, mesh, lengths, sharding)
-        completed = CompletedBatch.of(batch, TokenSharding(batch=rows, seq=length))
-        part = _part(batch, mesh, regions)
-        return completed.facts(batch, part.sharding), part
 
-    return agreed_by_ranks(cut, batch, group)
+def facts_and_part(
+    batch: Batch, mesh: ParallelMesh, lengths: Sequence[int] | None, sharding: TokenSharding | None
+) -> tuple[str, MeshBatch]:
+    """What all ranks have to agree about, and what of it is this rank's; ValueError for what is wrong."""
+    check_types(batch)
+    if batch.token_BL.ndim != 2:
+        raise ValueError(f"token_BL is {tuple(batch.token_BL.shape)}; it has to be (B, L)")
+    rows, length = batch.token_BL.shape
+    regions = _regions(rows, length, mesh, lengths, sharding)
+    completed = CompletedBatch.of(batch, TokenSharding(batch=rows, seq=length))
+    part = _part(batch, mesh, regions)
+    return completed.facts(batch, part.sharding), part
 
 
 def _regions(

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_dispatch import ParallelMesh, Partition, TokenSharding, agree, gather_tokens
+from moe_dispatch import ParallelMesh, Partition, TokenSharding, gather_tokens
 
 from ...batch.batch import Batch
-from ...batch.shard import fingerprint
-from ...batch.shard import shard_batch as shard_rows
+from ...batch.shard import agreed_by_ranks
+from ...parallel.mesh_batch import facts_and_part
 from ...parallel.on_mesh import everyone
 
 IGNORED = -100  # the label that Transformers counts nowhere
@@ -69,7 +69,7 @@ class Step:
 def shard_batch(batch: Mapping[str, Tensor], mesh: ParallelMesh, *, lengths: Sequence[int] | None = None) -> Step:
     """Cut a batch: rows over "dp", the sequence over "sp". Every rank of the mesh has the whole batch.
 
-    Two exchanges of 8 bytes per pair of ranks make sure that all ranks cut the same batch in the same way.
+    One exchange of 8 bytes per pair of ranks makes sure that all ranks cut the same batch in the same way.
 
     Args:
         batch: what a tokenizer and collator of Transformers give, (B, L) each: ``input_ids``; ``labels`` (the tokens
@@ -83,33 +83,32 @@ def shard_batch(batch: Mapping[str, Tensor], mesh: ParallelMesh, *, lengths: Seq
         GroupError: on every rank: tensors of other shapes, unknown names, lengths that do not add up, a mesh with
             tensor parallelism, or ranks with other batches.
     """
-    problem, facts = _problem(batch, mesh, lengths), ""
-    if not problem:
-        prints = ", ".join(f"{name} {fingerprint(batch[name])}" for name in TENSORS if batch.get(name) is not None)
-        facts = f"{prints}, lengths {lengths and tuple(lengths)}, dp = {mesh.dense.size(0)}"
-    agree(facts, problem=problem, device=torch.device(mesh.dense.device_type), group=everyone())
-    tokens_BL = batch["input_ids"]
-    rows, length = tokens_BL.shape
-    over_dp, over_sp = Partition.balanced(rows, mesh.dense.size(0)), Partition.balanced(length, mesh.dense.size(1))
-    whole = TokenSharding(batch=over_dp, seq=over_sp if lengths is None else Partition(tuple(lengths)))
-    piece = mesh.dense.get_local_rank("dp")
-    mine = _rows(batch, over_dp.offsets[piece], over_dp.sizes[piece])
-    sp_group = mesh.dense.get_group("sp")
-    sharded = shard_rows(mine, sharding=TokenSharding(batch=over_dp.sizes[piece], seq=whole.seq), group=sp_group)
-    fed_rows, fed_length = (max(size, 1) for size in sharded.token_Bl.shape)
-    unfed = Step(
-        target_Bl=sharded.fields["target"],
-        real_Bl=sharded.real_Bl,
-        sharding=whole,
-        tokens_of_experts=whole.select(mesh.ep_ranks),
-        fed_shape=(fed_rows, fed_length),
-        padding_options=sharded.attention,
-        packed_options={**sharded.attention, **_documents(batch, mine)},
-        mesh=mesh,
-        input_ids=sharded.token_Bl,
-        position_ids=sharded.position_Bl,
+    return agreed_by_ranks(
+        lambda: _facts_and_step(batch, mesh, lengths), torch.device(mesh.dense.device_type), everyone()
     )
-    return _fed(unfed)
+
+
+def _facts_and_step(
+    batch: Mapping[str, Tensor], mesh: ParallelMesh, lengths: Sequence[int] | None
+) -> tuple[str, Step]:
+    if problem := _problem(batch, mesh):
+        raise ValueError(problem)
+    whole = _whole(batch)
+    facts, part = facts_and_part(whole, mesh, lengths, None)
+    fed_rows, fed_length = (max(size, 1) for size in part.batch.token_Bl.shape)
+    unfed = Step(
+        target_Bl=part.batch.fields["target"],
+        real_Bl=part.batch.real_Bl,
+        sharding=part.sharding,
+        tokens_of_experts=part.moe["sharding"],
+        fed_shape=(fed_rows, fed_length),
+        padding_options=part.attention,
+        packed_options={**part.attention, **_documents(whole, part.sharding.batch, mesh)},
+        mesh=mesh,
+        input_ids=part.batch.token_Bl,
+        position_ids=part.batch.position_Bl,
+    )
+    return facts, _fed(unfed)
 
 
 def gather_sequence(x_BlD: Tensor, step: Step) -> Tensor:
@@ -133,7 +132,7 @@ def _fed(step: Step) -> Step:
     return Step(**{**fields, **fed})
 
 
-def _problem(batch: Mapping[str, Tensor], mesh: ParallelMesh, lengths: Sequence[int] | None) -> str:
+def _problem(batch: Mapping[str, Tensor], mesh: ParallelMesh) -> str:
     if mesh.dense.size(2) > 1:
         return f"the mesh has tp = {mesh.dense.size(2)}, and Transformers' models are not cut over tp here; use tp=1"
     unknown = sorted(name for name, x in batch.items() if x is not None and name not in TENSORS)
@@ -146,42 +145,32 @@ def _problem(batch: Mapping[str, Tensor], mesh: ParallelMesh, lengths: Sequence[
         x = batch.get(name)
         if x is not None and tuple(x.shape) not in ((shape, (1, shape[1])) if name == "position_ids" else (shape,)):
             return f"{name} is {tuple(x.shape)}; it has to be (B, L) = {shape}, of the whole batch"
-    if lengths is not None and (len(lengths) != mesh.dense.size(1) or sum(lengths) != shape[1] or min(lengths) < 0):
-        return (
-            f"lengths {tuple(lengths)} for a sequence of {shape[1]} over sp = {mesh.dense.size(1)}; give each rank "
-            "of sp a length of at least 0, which add up to that"
-        )
     return ""
 
 
-def _rows(batch: Mapping[str, Tensor], first: int, size: int) -> Batch:
-    """The rows of one "dp" rank."""
-
-    tokens_BL = batch["input_ids"].narrow(0, first, size)
-
-    def of_rows(name: str) -> Tensor | None:
-        x_BL = batch.get(name)
-        return None if x_BL is None else x_BL.expand(batch["input_ids"].shape).narrow(0, first, size)
-
-    target_BL, mask_BL = of_rows("shift_labels"), of_rows("attention_mask")
+def _whole(batch: Mapping[str, Tensor]) -> Batch:
+    """All rows, in our words."""
+    mask_BL, position_BL = batch.get("attention_mask"), batch.get("position_ids")
+    target_BL = batch.get("shift_labels")
     if target_BL is None:
-        label_BL = of_rows("labels")
-        target_BL = F.pad(tokens_BL if label_BL is None else label_BL, (0, 1), value=IGNORED)[:, 1:]
+        label_BL = batch.get("labels")
+        target_BL = F.pad(batch["input_ids"] if label_BL is None else label_BL, (0, 1), value=IGNORED)[:, 1:]
     return Batch(
-        token_BL=tokens_BL,
-        position_BL=of_rows("position_ids"),
+        token_BL=batch["input_ids"],
+        position_BL=None if position_BL is None else position_BL.expand(batch["input_ids"].shape),
         attention_mask=None if mask_BL is None else mask_BL.bool(),
         # Targets of a Batch end at padding. Transformers counts what a pad before the first token has to predict.
         fields={"target": target_BL.to(torch.int64)},
     )
 
 
-def _documents(batch: Mapping[str, Tensor], mine: Batch) -> dict[str, Tensor]:
-    """Options for packed documents, as Transformers finds them: no mask, and a position that does not follow the one
-    before."""
-    position_BL = mine.position_BL
-    if batch.get("attention_mask") is not None or position_BL is None or not len(position_BL):
+def _documents(whole: Batch, rows: Partition, mesh: ParallelMesh) -> dict[str, Tensor]:
+    """Options for packed documents of this "dp" rank, as Transformers finds them: no mask, and a position that does
+    not follow the one before."""
+    piece = mesh.dense.get_local_rank("dp")
+    if whole.attention_mask is not None or whole.position_BL is None or not rows.sizes[piece]:
         return {}
+    position_BL = whole.position_BL.narrow(0, rows.offsets[piece], rows.sizes[piece])
     starts_BL = torch.zeros_like(position_BL, dtype=torch.bool)
     starts_BL[:, 1:] = position_BL.diff(dim=1) != 1
     if not bool(starts_BL.any()):

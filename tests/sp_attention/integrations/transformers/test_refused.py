@@ -147,7 +147,7 @@ BATCHES = {
     "lengths": "add up to that",
     "negative": "at least 0",
     "ranks": "over sp = 2",
-    "other batch": "disagree.*input_ids",
+    "other batch": "disagree.*tokens",
     "one rank": r"rank 0: lengths \(21, 11\)",
     "tp": "tp = 2.*use tp=1",
 }
