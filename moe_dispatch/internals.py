@@ -4,13 +4,22 @@ from .layer.share import expert_layers
 from .layout.partition import check_count
 from .wire.agreement import BAD, Statement, digest
 from .wire.autocast import cast_to_autocast, without_autocast
-from .wire.exchange import check_group, check_is_group, start_exchange
+from .wire.exchange import (
+    FinishedExchange,
+    PendingExchange,
+    check_group,
+    check_is_group,
+    exchange_rows,
+    start_exchange,
+)
 from .wire.group_copy import copy_in_group, state_without_group
 from .wire.local_tensors import is_dtensor, problem_of_dtensors, refuse_dtensors
 from .wire.policies import unseen_by_policies
 
 __all__ = [
     "BAD",
+    "FinishedExchange",
+    "PendingExchange",
     "Statement",
     "cast_to_autocast",
     "check_count",
@@ -18,6 +27,7 @@ __all__ = [
     "check_is_group",
     "copy_in_group",
     "digest",
+    "exchange_rows",
     "expert_layers",
     "is_dtensor",
     "problem_of_dtensors",

@@ -1,4 +1,4 @@
-"""Ulysses sequence-parallel attention: equal to attention on one rank, for any lengths, heads and masks.
+"""Attention over ranks: equal to attention on one rank, for any lengths, heads, masks, orders of tokens and schemes.
 
 Words for where a token is:
 
@@ -17,19 +17,24 @@ from .batch.batch import Batch, ShardedBatch, gather_outputs
 from .batch.labels import shift_labels
 from .batch.loss import MeanLoss, count_targets, mean_cross_entropy, mean_loss
 from .batch.shard import shard_batch
-from .call.module import UlyssesAttention
+from .call.module import AttentionOverRanks, UlyssesAttention
+from .call.over_ranks import attention_over_ranks
 from .call.ulysses import ulysses_attention
 from .parallel.mesh_batch import MeshBatch
 from .parallel.parallel import Parallel
 from .wire.exchange import heads_from_tokens, tokens_from_heads
+from .work.scheme import Scheme
 
 __all__ = [
+    "AttentionOverRanks",
     "Batch",
     "MeanLoss",
     "MeshBatch",
     "Parallel",
+    "Scheme",
     "ShardedBatch",
     "UlyssesAttention",
+    "attention_over_ranks",
     "balance",
     "blockwise_attend",
     "count_targets",

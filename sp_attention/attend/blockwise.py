@@ -52,6 +52,8 @@ def attend_in_blocks(
     sinks_n: Tensor | None = None,
     dropout: Dropout | None = None,
     first_head: int = 0,
+    first_query: int = 0,
+    first_key: int = 0,
 ) -> Tensor:
     """See :func:`blockwise_attend`; arguments and result are those of :func:`scaled_dot_product`."""
     q_BLnH, k_BLgH, v_BLgH = (cast_to_autocast(x) for x in (q_BLnH, k_BLgH, v_BLgH))

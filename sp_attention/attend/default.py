@@ -32,6 +32,8 @@ def scaled_dot_product(
     sinks_n: Tensor | None = None,
     dropout: Dropout | None = None,
     first_head: int = 0,
+    first_query: int = 0,
+    first_key: int = 0,
 ) -> Tensor:
     """Attention on whole sequences, batch first.
 
@@ -50,7 +52,8 @@ def scaled_dot_product(
             there, if Lq = Lk: a NaN of theirs is in their own output only, and in no gradient.
         sinks_n: (n,) a logit per head that takes weight and has no value.
         dropout: of the weights.
-        first_head: for an ``attend`` that hands on all that it was told. Heads are alike here, so it changes nothing.
+        first_head, first_query, first_key: for an ``attend`` that hands on all that it was told. Heads and places are
+            alike here, so they change nothing.
 
     Returns:
         (B, Lq, n, Hv), in the dtype of autocast where that is on. A query with nothing to attend to gives 0,

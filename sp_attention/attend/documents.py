@@ -97,14 +97,14 @@ def attend_documents(
     v_BLgH: Tensor,
     options: Mapping[str, Any],
     documents: Documents,
-    options_of_document: Callable[[Mapping[str, Any], int, int], dict[str, Any]],
+    options_of_part: Callable[[Mapping[str, Any], tuple[int, int], tuple[int, int]], dict[str, Any]],
 ) -> Tensor:
     """``attend`` within each document; 0 at padding.
 
     Args:
         options: as ``attend`` takes them, for the whole sequence.
         documents: where they lie.
-        options_of_document: of the options, those of the places from a start to an end.
+        options_of_part: of the options, those of some queries and of some keys: (first place, end) of each.
 
     Padding takes no part: it is cut away before, so that nothing it holds, NaN included, can reach a result or a
     gradient. The memory is that of the longest document.
@@ -115,7 +115,8 @@ def attend_documents(
     pieces = []
     for (start, end), gap, q_BsnH, k_BsgH, v_BsgH in zip(documents.spans, sizes[:-1:2], *parts, strict=True):
         pieces.append(zeros(gap, q_BLnH, v_BLgH))
-        pieces.append(attend_or_zeros(attend, q_BsnH, k_BsgH, v_BsgH, options_of_document(options, start, end)))
+        own = options_of_part(options, (start, end), (start, end))
+        pieces.append(attend_or_zeros(attend, q_BsnH, k_BsgH, v_BsgH, own))
     pieces.append(zeros(sizes[-1], q_BLnH, v_BLgH))
     # An empty piece that is in the graph even where there is no document.
     pieces.append(attend_or_zeros(attend, q_BLnH[:, :0], k_BLgH[:, :0], v_BLgH[:, :0], options))

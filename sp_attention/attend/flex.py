@@ -51,15 +51,19 @@ def flex_attend(
         key_padding_mask: Tensor | None = None,
         attn_mask: Tensor | None = None,
         first_head: int = 0,
+        first_query: int = 0,
+        first_key: int = 0,
     ) -> Tensor:
-        """See :func:`flex_attend`; ``first_head`` is the global number of the first head at hand."""
+        """See :func:`flex_attend`; ``first_head`` is the global number of the first head at hand, ``first_query`` and
+        ``first_key`` are the places of the first query and key."""
+        firsts = (first_head, first_query, first_key)
         q_BLnH, k_BLgH, v_BLgH, lost_BLn1 = without_padding(q_BLnH, k_BLgH, v_BLgH, key_padding_mask)
         q_BnLH, k_BgLH, v_BgLH = (rearrange(x, "b l n h -> b n l h") for x in (q_BLnH, k_BLgH, v_BLgH))
         shape = (q_BnLH.shape[0], q_BnLH.shape[1], q_BnLH.shape[2], k_BgLH.shape[2])
         masks = _masks_of_call(shape, is_causal, window, key_padding_mask, attn_mask)
         if mask_mod is not None:
-            masks.append(_of_global_head(mask_mod, first_head))
-        mask, score = and_masks(*masks) if masks else None, _score(score_mod, first_head, attn_mask, shape)
+            masks.append(_of_global(mask_mod, firsts))
+        mask, score = and_masks(*masks) if masks else None, _score(score_mod, firsts, attn_mask, shape)
         if q_BLnH.device.type == "cpu" and torch.is_grad_enabled():
             with without_autocast(q_BLnH):
                 out_BnLH = _attend_on_whole_tensors(q_BnLH, k_BgLH, v_BgLH, score, mask, scale)
@@ -101,17 +105,22 @@ def _masks_of_call(
     return masks
 
 
-def _of_global_head(mask_mod: MaskMod, first_head: int) -> MaskMod:
-    return lambda b, h, q, k: mask_mod(b, h + first_head, q, k)
+def _of_global(mask_mod: MaskMod, firsts: tuple[int, int, int]) -> MaskMod:
+    """``mask_mod`` of global heads and places; ``firsts``: the first head, query and key at hand."""
+    head, query, key = firsts
+    return lambda b, h, q, k: mask_mod(b, h + head, q + query, k + key)
 
 
-def _score(score_mod: ScoreMod | None, first_head: int, attn_mask: Tensor | None, shape: ProductsShape) -> ScoreMod:
-    """``score_mod`` of global heads, then the float mask."""
+def _score(
+    score_mod: ScoreMod | None, firsts: tuple[int, int, int], attn_mask: Tensor | None, shape: ProductsShape
+) -> ScoreMod:
+    """``score_mod`` of global heads and places, then the float mask."""
+    head, query, key = firsts
     is_bias = attn_mask is not None and attn_mask.is_floating_point()
     bias_BnLL = attn_mask.expand(shape) if attn_mask is not None and is_bias else None
 
     def score(s: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        s = s if score_mod is None else score_mod(s, b, h + first_head, q, k)
+        s = s if score_mod is None else score_mod(s, b, h + head, q + query, k + key)
         return s if bias_BnLL is None else s + bias_BnLL[b, h, q, k]
 
     return score

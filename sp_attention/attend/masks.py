@@ -84,12 +84,22 @@ def without_padding(
     """
     if key_padding_mask is None:
         return q_BLnH, k_BLgH, v_BLgH, None
-    away_BL11 = ~key_padding_mask[:, :, None, None]
-    k_BLgH, v_BLgH = k_BLgH.masked_fill(away_BL11, 0.0), v_BLgH.masked_fill(away_BL11, 0.0)
+    k_BLgH, v_BLgH = (keys_without_padding(x, key_padding_mask) for x in (k_BLgH, v_BLgH))
     if q_BLnH.shape[1] != k_BLgH.shape[1]:
         return q_BLnH, k_BLgH, v_BLgH, None
-    lost_BLn1 = away_BL11 & ~q_BLnH.isfinite().all(-1, keepdim=True)
-    return q_BLnH.masked_fill(lost_BLn1, 0.0), k_BLgH, v_BLgH, lost_BLn1
+    q_BLnH, lost_BLn1 = queries_without_padding(q_BLnH, key_padding_mask)
+    return q_BLnH, k_BLgH, v_BLgH, lost_BLn1
+
+
+def keys_without_padding(x_BLgH: Tensor, keep_BL: Tensor) -> Tensor:
+    """0 where ``keep_BL`` is False."""
+    return x_BLgH.masked_fill(~keep_BL[:, :, None, None], 0.0)
+
+
+def queries_without_padding(q_BLnH: Tensor, keep_BL: Tensor) -> tuple[Tensor, Tensor]:
+    """0 where ``keep_BL`` is False and a query is NaN or infinite; and (B, L, n, 1) bool, where that is."""
+    lost_BLn1 = ~keep_BL[:, :, None, None] & ~q_BLnH.isfinite().all(-1, keepdim=True)
+    return q_BLnH.masked_fill(lost_BLn1, 0.0), lost_BLn1
 
 
 def with_lost_queries(out_BLnH: Tensor, lost_BLn1: Tensor | None) -> Tensor:

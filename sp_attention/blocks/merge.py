@@ -20,8 +20,3 @@ def merge(out_BnLH: Tensor, lse_BnL: Tensor, part_BnLH: Tensor, part_lse_BnL: Te
 def weight(lse_BnL: Tensor, whole_BnL: Tensor) -> Tensor:
     """(B, n, L) the share of these keys among all of them; 0 where there are none at all."""
     return (lse_BnL - whole_BnL.masked_fill(whole_BnL == -torch.inf, 0.0)).exp_()
-
-
-def with_sinks(lse_BnL: Tensor, sinks_n: Tensor | None) -> Tensor:
-    """(B, n, L) the log of the sum with the sink of each head, which is one key more."""
-    return lse_BnL if sinks_n is None else torch.logaddexp(lse_BnL, sinks_n.to(lse_BnL.dtype)[:, None])

@@ -10,8 +10,8 @@ from moe_dispatch.internals import without_autocast
 
 from ..dtypes import dtype_of_sums
 from .dropout import Dropout
-from .merge import weight, with_sinks
 from .pieces import of_ints
+from .sinks import add_sinks, gradient_of_sinks, with_sinks
 from .tile import Options
 from .walk import Attended, Gradients, add_attention, add_gradients
 
@@ -91,9 +91,7 @@ def attend_pieces(*arguments: Any) -> tuple[Tensor, Tensor]:
     out_BLnH, lse_BnL = asked.nothing()
     with without_autocast(asked.q_BLnH):
         add_attention(out_BLnH, lse_BnL, asked.qkv, of_ints(asked.pieces), asked.options)
-        if asked.sinks_n is not None:
-            share_BnL = weight(lse_BnL, with_sinks(lse_BnL, asked.sinks_n))
-            out_BLnH.mul_(share_BnL.transpose(1, 2).unsqueeze(-1))
+        add_sinks(out_BLnH, lse_BnL, asked.sinks_n)
     return out_BLnH.to(asked.q_BLnH.dtype), lse_BnL
 
 
@@ -119,13 +117,6 @@ def attend_pieces_backward(
         if asked.sinks_n is not None:
             d_sinks_n = gradient_of_sinks(attended, asked.sinks_n)
     return *asked.as_inputs(grads), d_sinks_n
-
-
-def gradient_of_sinks(attended: Attended, sinks_n: Tensor) -> Tensor:
-    """(n,): what a sink takes from the output of each query that has a key."""
-    share_BnL = weight(sinks_n.to(attended.lse_BnL.dtype)[:, None].expand_as(attended.lse_BnL), attended.lse_BnL)
-    delta_BnL = (attended.grad_BLnH.to(share_BnL.dtype) * attended.out_BLnH).sum(-1).transpose(1, 2)
-    return -(share_BnL * delta_BnL).masked_fill(attended.closed_BnL, 0.0).sum((0, 2)).to(sinks_n.dtype)
 
 
 # ---- what torch knows of it ----------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from moe_dispatch.internals import cast_to_autocast, problem_of_dtensors
 
 from ..wire.exchange import Split, check_sharding
 from ..wire.heads import GroupedHeads, heads_of_call
+from ..work.scheme import Scheme, head_rank
 
 T = TypeVar("T")
 
@@ -25,9 +26,11 @@ class AttentionInputs:
     Attributes:
         q_BlNH, k_BlGH, v_BlGH: as the caller gave them, in the dtype of autocast where that is on.
         sharding, kv_sharding: of queries, and of keys and values.
-        heads: query and key/value heads over ranks.
+        scheme: how the work is spread over the ranks.
+        heads: query and key/value heads over the ranks that share the heads: all in Ulysses, else those of a team.
         problem_of_heads: what is wrong with the heads that the caller gave; empty where nothing is.
         group, rank: the sequence-parallel group, and this rank in it.
+        head_rank: which of the ranks that share the heads this one is.
     """
 
     q_BlNH: Tensor
@@ -35,10 +38,12 @@ class AttentionInputs:
     v_BlGH: Tensor
     sharding: TokenSharding
     kv_sharding: TokenSharding
+    scheme: Scheme
     heads: GroupedHeads
     problem_of_heads: str
     group: dist.ProcessGroup
     rank: int
+    head_rank: int
 
     @classmethod
     def of(
@@ -50,11 +55,12 @@ class AttentionInputs:
         kv_sharding: TokenSharding | None,
         heads: Partition | None,
         group: dist.ProcessGroup,
+        scheme: Scheme,
     ) -> "AttentionInputs":
         """Check what decides how much this rank has to send: without that, no word of it could reach its peers.
 
         Raises:
-            ValueError: dimensions, head counts, shardings or a group that cannot be. Before any collective.
+            ValueError: dimensions, head counts, shardings, a group or a scheme that cannot be. Before any collective.
         """
         for name, x in (("q", q_BlNH), ("k", k_BlGH), ("v", v_BlGH)):
             if not isinstance(x, Tensor) or x.ndim != 4:
@@ -70,8 +76,8 @@ class AttentionInputs:
                 f"queries are {sharding}, keys and values {kv_sharding}; they may differ in the sequence only, not "
                 "in the batch or the order"
             )
-        num_kv = k_BlGH.shape[2], v_BlGH.shape[2]
-        grouped, problem_of_heads = heads_of_call(q_BlNH.shape[2], num_kv, heads, group.size())
+        num_kv, team_size = (k_BlGH.shape[2], v_BlGH.shape[2]), scheme.team_size(group.size())
+        grouped, problem_of_heads = heads_of_call(q_BlNH.shape[2], num_kv, heads, team_size)
         # Before the exchange: half the bytes, and a rank without heads never comes to a product that would cast.
         q_BlNH, k_BlGH, v_BlGH = (cast_to_autocast(x) for x in (q_BlNH, k_BlGH, v_BlGH))
         return cls(
@@ -80,10 +86,12 @@ class AttentionInputs:
             v_BlGH=v_BlGH,
             sharding=sharding,
             kv_sharding=kv_sharding,
+            scheme=scheme,
             heads=grouped,
             problem_of_heads=problem_of_heads,
             group=group,
             rank=group.rank(),
+            head_rank=head_rank(group.rank(), team_size),
         )
 
     @property
@@ -103,12 +111,12 @@ class AttentionInputs:
     @property
     def first_head(self) -> int:
         """The global number of this rank's first query head."""
-        return self.heads.query.offsets[self.rank]
+        return self.heads.query.offsets[self.head_rank]
 
     @property
     def num_heads(self) -> int:
         """How many query heads this rank attends with."""
-        return self.heads.query.sizes[self.rank]
+        return self.heads.query.sizes[self.head_rank]
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from moe_dispatch.internals import problem_of_dtensors
 
 from ..blocks.dropout import Dropout
+from ..work.runs import Run
 from .inputs import AttentionInputs, constants
 
 
@@ -47,7 +48,7 @@ class Option:
             are numbers, also while torch.compile traces; see ``constants``.
         of_heads: of the value, what this rank's heads need. The seed is the same on every rank; only an option that
             is ``drawn`` uses it.
-        of_document: of what ``of_heads`` gave, what the queries and keys from place ``start`` to ``end`` need.
+        of_part: of what ``of_heads`` gave, what some queries and some keys need: (first place, end) of each.
         is_drawn: whether it needs a seed.
     """
 
@@ -57,7 +58,7 @@ class Option:
     problem: Callable[[Any, AttentionInputs], str]
     fact: Callable[[Any], str]
     of_heads: Callable[[Any, AttentionInputs, Tensor], Any] = unchanged
-    of_document: Callable[[Any, int, int], Any] = unchanged
+    of_part: Callable[[Any, Run, Run], Any] = unchanged
     is_drawn: bool = False
 
 
@@ -148,8 +149,8 @@ def _mask_of_heads(mask: Tensor, inputs: AttentionInputs, _seed: Tensor) -> Tens
     return mask.narrow(1, inputs.first_head, inputs.num_heads) if mask.shape[1] > 1 else mask
 
 
-def _mask_of_document(mask: Tensor, start: int, end: int) -> Tensor:
-    for dim in (2, 3):
+def _mask_of_part(mask: Tensor, queries: Run, keys: Run) -> Tensor:
+    for dim, (start, end) in ((2, queries), (3, keys)):
         if mask.shape[dim] > 1:
             mask = mask.narrow(dim, start, end - start)
     return mask
@@ -161,7 +162,7 @@ ATTN_MASK = Option(
     problem=_mask_problem,
     fact=shape_and_dtype,
     of_heads=_mask_of_heads,
-    of_document=_mask_of_document,
+    of_part=_mask_of_part,
 )
 
 
@@ -185,7 +186,7 @@ KEY_PADDING_MASK = Option(
     name_in_attend="key_padding_mask",
     problem=_padding_problem,
     fact=shape_and_dtype,
-    of_document=lambda mask, start, end: mask[:, start:end],
+    of_part=lambda mask, queries, keys: mask[:, keys[0] : keys[1]],
 )
 
 
@@ -226,7 +227,7 @@ DROPOUT = Option(
     problem=_dropout_problem,
     fact=lambda value: f"{float(value)}",
     of_heads=lambda p, inputs, seed: Dropout(p=p, first_head=inputs.first_head, seed=seed),
-    of_document=lambda dropout, start, _end: replace(dropout, first_query=start, first_key=start),
+    of_part=lambda dropout, queries, keys: replace(dropout, first_query=queries[0], first_key=keys[0]),
     is_drawn=True,
 )
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..attend.documents import Documents
 from ..blocks.dropout import draw_seed
+from ..work.runs import Run
 from .attend_arguments import FIRST_HEAD, takes
 from .inputs import AttentionInputs
 from .option_records import OPTIONS, Option
@@ -83,11 +84,11 @@ def options_of_my_heads(given: Given, inputs: AttentionInputs, seed: Tensor) -> 
     return {option.name_in_attend: option.of_heads(value, inputs, seed) for option, value in given}
 
 
-def options_of_document(options: Mapping[str, Any], start: int, end: int) -> dict[str, Any]:
-    """What :func:`options_of_my_heads` gave, as ``attend`` takes it for queries and keys from place ``start`` to
-    ``end``."""
+def options_of_part(options: Mapping[str, Any], queries: Run, keys: Run) -> dict[str, Any]:
+    """What :func:`options_of_my_heads` gave, as ``attend`` takes it for some queries and keys: (first place, end) of
+    each."""
     cut = dict(options)
     for option in OPTIONS:
         if option.name_in_attend in cut:
-            cut[option.name_in_attend] = option.of_document(cut[option.name_in_attend], start, end)
+            cut[option.name_in_attend] = option.of_part(cut[option.name_in_attend], queries, keys)
     return cut

@@ -4,14 +4,11 @@ Source: DeepSpeed-Ulysses (arXiv:2309.14509). Two collectives forward (queries, 
 output back) and two backward.
 """
 
-from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils import checkpoint
 
 from moe_dispatch import Partition, TokenSharding
 from moe_dispatch.internals import Statement
@@ -19,22 +16,21 @@ from moe_dispatch.internals import Statement
 from ..attend.default import scaled_dot_product
 from ..attend.documents import Documents, attend_documents
 from ..attend.empty import attend_or_zeros, zeros
+from ..work.scheme import ULYSSES
 from .attend_arguments import FIRST_HEAD, takes
 from .inputs import AttentionInputs
 from .options import (
     Given,
     facts_of_call,
     given_options,
-    options_of_document,
     options_of_my_heads,
+    options_of_part,
     problem_of_attend,
     problem_of_options,
     seed_of,
 )
+from .outcome import HAS_OUTPUT, Attend, RecomputedSoFar, output_or_problem
 from .words import inputs_to_heads, output_to_tokens
-
-Attend = Callable[..., Tensor]
-HAS_OUTPUT = "it has an output"
 
 
 def ulysses_attention(
@@ -123,8 +119,8 @@ def ulysses_attention(
     tensors, shardings = (q_BlNH, k_BlGH, v_BlGH), (sharding, kv_sharding)
     attend = scaled_dot_product if attend is None else attend  # a module may have no truth, or no length
     if cu_seqlens is None and cu_seqlens_padded is None:
-        inputs = AttentionInputs.of(*tensors, *shardings, heads, group)
-        return _attend_over_ranks(inputs, attend, given)
+        inputs = AttentionInputs.of(*tensors, *shardings, heads, group, ULYSSES)
+        return exchange_and_attend(inputs, attend, given, seed_of(given, inputs.device))
     return _attend_documents_over_ranks(
         tensors, shardings, heads, group, attend, given, cu_seqlens, cu_seqlens_padded
     )
@@ -141,28 +137,31 @@ def _attend_documents_over_ranks(
     cu_seqlens: Tensor | None,
     cu_seqlens_padded: Tensor | None,
 ) -> Tensor:
-    inputs = AttentionInputs.of(*tensors, *shardings, heads, group)
+    inputs = AttentionInputs.of(*tensors, *shardings, heads, group, ULYSSES)
     documents, problem = Documents.read(cu_seqlens, cu_seqlens_padded, inputs.sharding.batch.total, inputs.lengths)
-    return _attend_over_ranks(inputs, attend, given, documents, problem)
+    seed = seed_of(given, inputs.device)
+    return exchange_and_attend(inputs, attend, given, seed, documents, problem)
 
 
-def _attend_over_ranks(
+def exchange_and_attend(
     inputs: AttentionInputs,
     attend: Attend,
     given: Given,
+    seed: Tensor,
     documents: Documents | None = None,
     problem: str = "",
 ) -> Tensor:
     """Exchange to heads, ``attend`` on what this rank got, and exchange back.
 
     Args:
+        seed: () int64; that of the group's first rank is used.
         problem: of the documents.
     """
     if refusal := problem_of_attend(attend, given):  # every rank has the same attend, and sees it
         raise ValueError(refusal)
     problem = inputs.problem or problem_of_options(given, inputs) or problem
     statement = Statement("" if problem else facts_of_call(inputs, given, documents), problem)
-    q_BLnH, k_BLgH, v_BLgH, seed = inputs_to_heads(inputs, statement, seed_of(given, inputs.device))
+    q_BLnH, k_BLgH, v_BLgH, seed = inputs_to_heads(inputs, statement, seed)
     if problem:  # in compiled code, where the graph has to be whole to raise when it runs
         return output_to_tokens(zeros(q_BLnH.shape[1], q_BLnH, v_BLgH), inputs, Statement(HAS_OUTPUT, problem))
     options = options_of_my_heads(given, inputs, seed)
@@ -170,52 +169,6 @@ def _attend_over_ranks(
         options[FIRST_HEAD] = inputs.first_head
     attend_whole = attend_or_zeros
     if documents is not None:
-        attend_whole = partial(attend_documents, documents=documents, options_of_document=options_of_document)
-    out_BLnH, statement = _output_or_problem(partial(attend_whole, attend), q_BLnH, k_BLgH, v_BLgH, options)
-    return output_to_tokens(_RecomputedSoFar.apply(out_BLnH), inputs, statement)  # type: ignore[arg-type]
-
-
-class _RecomputedSoFar(torch.autograd.Function):
-    """The identity; saves an empty tensor. A checkpoint recomputes on the ranks on which backward asks for something
-    saved, and as far as that: so it does on all of them, through the exchange there and not the one back, whatever
-    their ``attend`` saves."""
-
-    @staticmethod
-    def forward(ctx: Any, out_BLnH: Tensor) -> Tensor:
-        ctx.save_for_backward(out_BLnH.new_empty(0))
-        return out_BLnH.view_as(out_BLnH)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        _ = ctx.saved_tensors
-        return grads[0]
-
-
-def _output_or_problem(
-    attend_whole: Attend,
-    q_BLnH: Tensor,
-    k_BLgH: Tensor,
-    v_BLgH: Tensor,
-    options: Mapping[str, Any],
-) -> tuple[Tensor, Statement]:
-    """The output, and that there is one. Or zeros, which the peers wait for all the same, and why there is none."""
-    tensors = q_BLnH, k_BLgH, v_BLgH
-    if torch.compiler.is_compiling():
-        out_BLnH = attend_whole(*tensors, options)
-    else:
-        try:
-            out_BLnH = attend_whole(*tensors, options)
-        except checkpoint._StopRecomputationError:  # everything that backward needs is there again
-            raise
-        except Exception as error:
-            problem = f"attend raised {type(error).__name__}: {error}"
-            return zeros(q_BLnH.shape[1], q_BLnH, v_BLgH), Statement(HAS_OUTPUT, problem, error)
-    wanted = (*q_BLnH.shape[:3], v_BLgH.shape[3])
-    if not isinstance(out_BLnH, Tensor):
-        got = type(out_BLnH).__name__
-    elif tuple(out_BLnH.shape) == wanted and out_BLnH.dtype == q_BLnH.dtype:
-        return out_BLnH, Statement(HAS_OUTPUT)
-    else:
-        got = f"{tuple(out_BLnH.shape)} of {out_BLnH.dtype}"
-    problem = f"attend gave {got}; it has to give (B, L, my query heads, value width) = {wanted} of {q_BLnH.dtype}"
-    return zeros(q_BLnH.shape[1], q_BLnH, v_BLgH), Statement(HAS_OUTPUT, problem)
+        attend_whole = partial(attend_documents, documents=documents, options_of_part=options_of_part)
+    out_BLnH, statement = output_or_problem(partial(attend_whole, attend), q_BLnH, k_BLgH, v_BLgH, options)
+    return output_to_tokens(RecomputedSoFar.apply(out_BLnH), inputs, statement)  # type: ignore[arg-type]

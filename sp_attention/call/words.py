@@ -6,9 +6,10 @@ them.
 """
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from moe_dispatch.internals import BAD, Statement, digest
+from moe_dispatch.internals import BAD, Statement, digest, exchange_rows
 
 from ..wire.exchange import Split, to_heads, to_tokens
 from ..wire.order import batch_first, in_order
@@ -42,7 +43,7 @@ def inputs_to_heads(
     sent = [q_BlNH, inputs.heads.kv_by_rank(k_BlGH), inputs.heads.kv_by_rank(v_BlGH)]
     wholes, headers = to_heads(sent, inputs.splits, inputs.group, as_floats(header_2, q_BlNH.dtype))
     header_P2 = as_ints(headers)
-    check_words(header_P2[:, 0], statement, inputs)
+    check_words(header_P2[:, 0], statement, inputs.group)
     q_BLnH, k_BLgH, v_BLgH = (batch_first(x, inputs.sharding) for x in wholes)
     k_BLgH, v_BLgH = (inputs.heads.kv_for_queries(x, inputs.rank) for x in (k_BLgH, v_BLgH))
     return q_BLnH, k_BLgH, v_BLgH, header_P2[0, 1]
@@ -68,17 +69,38 @@ def output_to_tokens(out_BLnH: Tensor, inputs: AttentionInputs, statement: State
     split = Split(sharding=inputs.sharding, heads=inputs.heads.query)
     out_BLnH = in_order(out_BLnH, inputs.sharding)
     out_BlNH, headers = to_tokens(out_BLnH, split, inputs.group, as_floats(word_1, out_BLnH.dtype))
-    check_words(as_ints(headers)[:, 0], statement, inputs)
+    check_words(as_ints(headers)[:, 0], statement, inputs.group)
     return out_BlNH
 
 
-def check_words(word_P: Tensor, statement: Statement, inputs: AttentionInputs) -> None:
+def words_first(statement: Statement, seed: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Make sure that all ranks mean the same call before anything travels whose size depends on it. One collective of
+    16 bytes per pair of ranks.
+
+    Args:
+        statement: what this rank believes about the call.
+        seed: () int64 of this rank, on the device that the group communicates on.
+
+    Returns:
+        The seed of the group's first rank.
+
+    Raises:
+        ValueError: as :func:`inputs_to_heads`.
+    """
+    header_2 = torch.stack([torch.full((), statement.word, device=seed.device), seed])
+    ones = (1,) * group.size()
+    header_P2 = exchange_rows(header_2.expand(group.size(), 2), ones, ones, group)
+    check_words(header_P2[:, 0], statement, group)
+    return header_P2[0, 1]
+
+
+def check_words(word_P: Tensor, statement: Statement, group: dist.ProcessGroup) -> None:
     """Raise on every rank unless all of them sent the word that this rank expects."""
     if word_P.device.type == "cpu" and not torch.compiler.is_compiling():
-        statement.check(word_P.tolist(), device=word_P.device, group=inputs.group)
+        statement.check(word_P.tolist(), device=word_P.device, group=group)
         return
     if statement.problem and not torch.compiler.is_compiling():
-        raise ValueError(f"rank {inputs.rank}: {statement.problem}") from statement.cause
+        raise ValueError(f"rank {group.rank()}: {statement.problem}") from statement.cause
     torch.ops.aten._assert_async.msg(
         (word_P == constant_digest(statement.facts)).all(), "sp_attention: the ranks disagree, or one has a problem"
     )

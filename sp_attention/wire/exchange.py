@@ -15,9 +15,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_dispatch import Partition, TokenSharding
-from moe_dispatch.internals import check_group, start_exchange, unseen_by_policies
+from moe_dispatch.internals import check_group, unseen_by_policies
 
 from .headers import header_backward, keep_for_recomputation, no_header
+from .tensors import exchange_tensors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,33 +199,6 @@ def to_tokens(x_BLnH: Tensor, split: Split, group: dist.ProcessGroup, header: Te
     :func:`to_heads`."""
     x_BlNH, headers = _ToTokens.apply((split,), group, header, x_BLnH)  # type: ignore[misc]
     return x_BlNH, headers
-
-
-def exchange_tensors(
-    sent: Sequence[Sequence[Tensor]], received: Sequence[Sequence[Tensor]], group: dist.ProcessGroup
-) -> None:
-    """Send tensors of any shapes to each rank, and fill those that come from each rank. One collective.
-
-    Args:
-        sent: for each rank, the tensors that it gets; all of one dtype, of any strides.
-        received: for each rank, the tensors to fill, of the shapes that it sends.
-        group: the process group.
-
-    Each value is copied once before the collective and once after it. What a rank sends to itself is copied once,
-    while the collective is under way.
-    """
-    rank = group.rank()
-    to_others, from_others = ([[] if r == rank else xs for r, xs in enumerate(way)] for way in (sent, received))
-    sizes_sent, sizes_received = ([[x.numel() for x in xs] for xs in way] for way in (to_others, from_others))
-    buffer = sent[rank][0].new_empty(sum(map(sum, sizes_sent)))
-    for part, x in zip(buffer.split_with_sizes(list(chain(*sizes_sent))), chain(*to_others), strict=True):
-        part.view(x.shape).copy_(x)
-    pending = start_exchange(buffer, list(map(sum, sizes_sent)), list(map(sum, sizes_received)), group)
-    for x, out in zip(sent[rank], received[rank], strict=True):
-        out.copy_(x)
-    arrived = pending.wait()
-    for part, x in zip(arrived.split_with_sizes(list(chain(*sizes_received))), chain(*from_others), strict=True):
-        x.copy_(part.view(x.shape))
 
 
 def check_split(sharding: TokenSharding, heads: Partition, group: dist.ProcessGroup) -> None:

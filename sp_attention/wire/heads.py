@@ -50,18 +50,23 @@ class GroupedHeads:
         heads = [torch.arange(needed.start, needed.stop, device=x_BlGH.device) for needed in ranges]
         return copy_heads(x_BlGH, torch.cat(heads))
 
+    def has_whole_groups(self, rank: int) -> bool:
+        """Whether this rank's query heads are as many for each of its key/value heads, in their order."""
+        per_group, first = self.query.total // max(self.num_kv, 1), self.kv_ranges[rank].start
+        start, size = self.query.offsets[rank], self.query.sizes[rank]
+        shared = size // max(len(self.kv_ranges[rank]), 1)
+        return [(start + i) // per_group - first for i in range(size)] == [i // shared for i in range(size)]
+
+    def kv_of_query(self, rank: int, device: torch.device) -> Tensor:
+        """(n,) which of this rank's key/value heads each of its query heads uses."""
+        start, size = self.query.offsets[rank], self.query.sizes[rank]
+        query = torch.arange(start, start + size, device=device)
+        return query // (self.query.total // max(self.num_kv, 1)) - self.kv_ranges[rank].start
+
     def kv_for_queries(self, x_BLgH: Tensor, rank: int) -> Tensor:
         """This rank's key/value heads as ``attend`` needs them: whole groups as they are, else one head per query
         head."""
-        per_group = self.query.total // max(self.num_kv, 1)
-        start, size = self.query.offsets[rank], self.query.sizes[rank]
-        first = self.kv_ranges[rank].start
-        kv_of_query = [(start + i) // per_group - first for i in range(size)]
-        shared = size // max(len(self.kv_ranges[rank]), 1)
-        if kv_of_query == [i // shared for i in range(size)]:
-            return x_BLgH
-        query = torch.arange(start, start + size, device=x_BLgH.device)
-        return copy_heads(x_BLgH, query // per_group - first)
+        return x_BLgH if self.has_whole_groups(rank) else copy_heads(x_BLgH, self.kv_of_query(rank, x_BLgH.device))
 
 
 def heads_of_call(

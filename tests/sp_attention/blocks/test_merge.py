@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sp_attention.blocks.merge import merge, weight, with_sinks
+from sp_attention.blocks.merge import merge, weight
+from sp_attention.blocks.sinks import with_sinks
 
 CUTS = [(0, 6), (0, 2, 6), (0, 1, 2, 3, 4, 5, 6)]
 

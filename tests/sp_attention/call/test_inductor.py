@@ -10,6 +10,7 @@ from moe_dispatch.testing import RankPool
 from sp_attention import ulysses_attention
 from sp_attention.call.inputs import AttentionInputs
 from sp_attention.call.options import facts_of_call, given_options
+from sp_attention.work.scheme import Scheme
 from tests.support.compile import untraced
 from tests.support.ranks import world
 from tests.support.tensors import difference, leaf
@@ -40,7 +41,7 @@ def scale_with_a_signalling_word(x_BlNH: Tensor) -> float:
             sinks_N=None,
             dropout_p=0.0,
         )
-        inputs = AttentionInputs.of(x_BlNH, x_BlNH, x_BlNH, sharding(), None, None, world())
+        inputs = AttentionInputs.of(x_BlNH, x_BlNH, x_BlNH, sharding(), None, None, world(), Scheme.ulysses())
         word = digest(facts_of_call(inputs, given, None))
         if is_signalling(word & 0xFFFF) or is_signalling(word >> 16):
             return scale

@@ -156,11 +156,12 @@ def test_an_attend_that_fails_when_it_is_recomputed(rank_pool: RankPool) -> None
 def test_where_reading_words_would_wait_for_the_device_the_rank_itself_still_says_what_is_wrong() -> None:
     """Its peers have a device assertion. The meta device stands for one that is not the CPU."""
 
-    class Rank:
-        rank = 3
+    class Group:
+        def rank(self) -> int:
+            return 3
 
     word_P, cause = torch.zeros(4, dtype=torch.int64, device="meta"), KeyError("cache")
-    check_words(word_P, Statement("facts"), Rank())  # type: ignore[arg-type]
+    check_words(word_P, Statement("facts"), Group())  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"^rank 3: no window$") as error:
-        check_words(word_P, Statement("facts", "no window", cause), Rank())  # type: ignore[arg-type]
+        check_words(word_P, Statement("facts", "no window", cause), Group())  # type: ignore[arg-type]
     assert error.value.__cause__ is cause

@@ -1,0 +1,140 @@
+"""Attention over ranks in any scheme.
+
+First every rank says what it believes about the call, in a message whose size depends on nothing. So whatever one
+rank has wrong is the same error on all, before rows travel whose number depends on it.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moe_dispatch import Partition, TokenSharding
+from moe_dispatch.internals import Statement, check_is_group
+
+from ..attend.default import scaled_dot_product
+from ..attend.documents import Documents
+from ..work.scheme import ULYSSES, Keys, Scheme
+from .inputs import AttentionInputs, most
+from .options import (
+    Given,
+    facts_of_call,
+    given_options,
+    problem_of_attend,
+    problem_of_options,
+    seed_of,
+)
+from .outcome import Attend
+from .spread_call import Call, work_of
+from .ulysses import exchange_and_attend
+from .words import words_first
+
+
+@torch.compiler.disable(reason="who needs which rows is worked out in Python, and kept")
+def attention_over_ranks(
+    q_BlNH: Tensor,
+    k_BlGH: Tensor,
+    v_BlGH: Tensor,
+    *,
+    sharding: TokenSharding,
+    group: dist.ProcessGroup,
+    scheme: Scheme = ULYSSES,
+    kv_sharding: TokenSharding | None = None,
+    heads: Partition | None = None,
+    attend: Attend | None = None,
+    is_causal: bool = False,
+    window: tuple[int, int] | None = None,
+    scale: float | None = None,
+    attn_mask: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_padded: Tensor | None = None,
+    dropout_p: float = 0.0,
+    sinks_N: Tensor | None = None,
+) -> Tensor:
+    """Attention of sequences that are spread over ranks, equal to attention on one rank, in any scheme.
+
+    Arguments, result and guarantees are those of :func:`ulysses_attention`, but for these:
+
+    Args:
+        q_BlNH: (B, l, N, H), or (l, B, N, H) for order "LB": this rank's queries, all heads.
+        k_BlGH, v_BlGH: (B, l, G, H) and (B, l, G, Hv).
+        sharding: which tokens each rank of ``group`` holds, in any order: see ``TokenSharding.zigzag``.
+        group: the process group.
+        scheme: how the work is spread; see :class:`Scheme`. The result is the same, but for rounding.
+        heads: query heads of each rank that shares them: of each rank of a team; see :class:`Scheme`.
+        attend: as there, for all schemes but those with ring keys or a chunk, whose keys it would not see at once. If
+            it has arguments ``first_query`` and ``first_key``, it gets the places of its first query and key in the
+            sequence (in the document). It is called for consecutive queries, with those keys that they see. So
+            ``is_causal`` and ``window`` are on places from the end, as ever.
+        attn_mask, sinks_N: each rank's gradient of what is learned there is that of its own queries and heads, so sum
+            it over the ranks.
+
+    Returns:
+        ``out_BlNH``: (B, l, N, Hv), or (l, B, N, Hv), as there.
+
+    Without ``attend`` the work is computed in tiles, as by :func:`blockwise_attend`, with no second derivative; in
+    Ulysses by :func:`scaled_dot_product`.
+
+    Collectives: one of 16 bytes per pair of ranks first; one for each turn of keys, the queries with the first; one
+    for the output where queries travel, or an ``attend`` may fail. Under ``torch.compile`` the call is a graph break.
+
+    Raises:
+        GroupError: a ValueError with the same text on every rank; the group stays usable. A rank has anything wrong,
+            or the ranks disagree, in the scheme too. On CUDA the peers of a rank that is wrong get a device assertion
+            instead.
+        ValueError: a group that cannot be.
+    """
+    check_is_group(group)
+    given = given_options(
+        is_causal=is_causal,
+        window=window,
+        scale=scale,
+        attn_mask=attn_mask,
+        key_padding_mask=key_padding_mask,
+        sinks_N=sinks_N,
+        dropout_p=dropout_p,
+    )
+    tensors, facts, problem = (q_BlNH, k_BlGH, v_BlGH), "", ""
+    inputs = documents = None
+    try:
+        inputs = AttentionInputs.of(*tensors, sharding, kv_sharding, heads, group, _checked(scheme))
+        documents, problem = Documents.read(
+            cu_seqlens, cu_seqlens_padded, inputs.sharding.batch.total, inputs.lengths
+        )
+        problem = inputs.problem or problem_of_options(given, inputs) or problem or _problem(scheme, attend, given)
+        facts = "" if problem else f"{facts_of_call(inputs, given, documents)}; {scheme}, {_whose(attend)}"
+    except ValueError as error:
+        problem = f"{error}"
+    device = most([x.device for x in tensors if isinstance(x, Tensor)] or [torch.device("cpu")])
+    seed = words_first(Statement(facts, problem), seed_of(given, device), group)
+    if inputs is None or problem:  # where words are not read: see check_words
+        raise ValueError(problem)
+    if scheme.is_ulysses(group.size()):
+        attend = scaled_dot_product if attend is None else attend
+        return exchange_and_attend(inputs, attend, given, seed, documents)
+    call = Call(inputs, given, seed, work_of(inputs, given, documents, at_once=attend is not None))
+    return call.in_tiles() if attend is None else call.by_attend(attend)
+
+
+def _checked(scheme: Scheme) -> Scheme:
+    if not isinstance(scheme, Scheme):
+        raise ValueError(f"scheme is {scheme!r}; pass a Scheme, e.g. Scheme.gather()")
+    return scheme
+
+
+def _problem(scheme: Scheme, attend: Attend | None, given: Given) -> str:
+    """What is wrong with an ``attend`` of the caller's in this scheme; empty where nothing is."""
+    if attend is None:
+        return ""
+    if scheme.keys is Keys.RING:
+        return (
+            "attend with ring keys, which come in turns, so that no call of it would see all keys of a query; use "
+            "gathered keys, or leave attend out"
+        )
+    if scheme.is_bounded:
+        return f"attend in a scheme with chunk {scheme.chunk}: keys come in chunks; leave one of the two out"
+    return problem_of_attend(attend, given)
+
+
+def _whose(attend: Attend | None) -> str:
+    return "tiles" if attend is None else "attend of the caller's"
