@@ -12,6 +12,7 @@ from ..dtypes import dtype_of_sums
 from ..wire.tensors import TensorsOnTheWay
 from .moves import Arrived, Part, Side
 from .spread import Spread, can_attend
+from .waiting import back
 
 
 class Backward:
@@ -51,7 +52,8 @@ class Backward:
             query_turn = mine.query_turns[at.query_turn]
             if at.key_turn == 0:
                 self.dq_BLnH = self.dq if query_turn.is_home else q_BLnH.new_zeros(q_BLnH.shape, dtype=self.wide)
-                self.attended = self._attended(grad_BLnH, outs[at.query_turn], sums[at.query_turn])
+                known = (back(x[at.query_turn], grad_BLnH.device) for x in (outs, sums))
+                self.attended = self._attended(grad_BLnH, *known)
             going = self._add(at, q_BLnH, kv)
             if at.key_turn == len(mine.key_turns) - 1 and not query_turn.is_home:
                 going.append(self._part(self.moves.queries, at.query_turn, [self.dq_BLnH], [self.dq]))
@@ -83,11 +85,13 @@ class Backward:
                 yield at, (at.queries[0], at.queries[1]), (at.keys[0], at.keys[1])
             return
         left, kv_of_turn, q_BLnH = iter(kept), dict[int, tuple[Tensor, Tensor]](), q_BlNH
+        device = q_BlNH.device
         for at in self.moves.arrivals([grad_BlNH], []):
-            q_BLnH = next(left) if at.key_turn == 0 else q_BLnH
+            q_BLnH = back(next(left), device) if at.key_turn == 0 else q_BLnH
             if at.query_turn == 0:
                 kv_of_turn[at.key_turn] = next(left), next(left)
-            yield at, (q_BLnH, at.queries[0]), kv_of_turn[at.key_turn]
+            k_BLgH, v_BLgH = (back(x, device) for x in kv_of_turn[at.key_turn])
+            yield at, (q_BLnH, at.queries[0]), (k_BLgH, v_BLgH)
 
     def _attended(self, grad_BLnH: Tensor, out_BLnH: Tensor, lse_BnL: Tensor) -> Attended:
         sinks_n = self.spread.my_sinks(self.sinks_N)

@@ -9,6 +9,7 @@ from ..dtypes import dtype_of_sums
 from ..wire.tensors import TensorsOnTheWay
 from .moves import Arrived, Part
 from .spread import Spread, can_attend
+from .waiting import away
 
 
 class Forward:
@@ -27,6 +28,7 @@ class Forward:
     def run(self, k_BlGH: Tensor, v_BlGH: Tensor, attn_mask: Tensor | None, sinks_N: Tensor | None) -> Tensor:
         spread, mine = self.spread, self.spread.mine
         options, sinks_n = spread.options_with(attn_mask), spread.my_sinks(sinks_N)
+        offload = mine.work.scheme.offload
         home = not mine.query_turns[0].is_home
         out_BlNH = self.q_BlNH.new_empty(*self.q_BlNH.shape[:3], self.width) if home else self.q_BlNH.new_empty(0)
         sums_BLnH = lse_BnL = self.q_BlNH.new_empty(0)
@@ -43,8 +45,8 @@ class Forward:
             if at.key_turn == len(mine.key_turns) - 1:
                 add_sinks(sums_BLnH, lse_BnL, sinks_n)
                 out_BLnH = sums_BLnH.to(self.q_BlNH.dtype)
-                self.outs.append(out_BLnH)
-                self.sums.append(lse_BnL)
+                self.outs.append(away(out_BLnH, offload and home))
+                self.sums.append(away(lse_BnL, offload))
                 if home:
                     going = Part(self.moves.queries, at.query_turn, [out_BLnH], [out_BlNH])
                     _wait(way)
@@ -53,9 +55,14 @@ class Forward:
         return out_BlNH if home else self.outs[0]
 
     def _keep(self, at: Arrived) -> None:
-        if self.spread.mine.work.scheme.keep:
-            self.kept += at.queries if at.key_turn == 0 else []
-            self.kept += at.keys if at.query_turn == 0 else []
+        mine = self.spread.mine
+        scheme = mine.work.scheme
+        if scheme.keep and at.key_turn == 0:
+            is_home = mine.query_turns[at.query_turn].is_home
+            self.kept += [away(x, scheme.offload and not is_home) for x in at.queries]
+        if scheme.keep and at.query_turn == 0:
+            is_home = mine.key_turns[at.key_turn].is_home
+            self.kept += [away(x, scheme.offload and not is_home) for x in at.keys]
 
 
 def _wait(way: list[TensorsOnTheWay]) -> None:

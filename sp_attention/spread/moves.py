@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import NamedTuple
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -16,6 +17,7 @@ from moe_dispatch.internals import FinishedExchange
 from ..wire.tensors import TensorsOnTheWay, start_tensors
 from ..work.plan import RankWork, Turn
 from ..work.runs import Rows, Runs
+from .waiting import away, back
 
 Tensors = Sequence[Tensor]
 Heads = tuple[int, int]
@@ -98,7 +100,7 @@ class Moves:
         """
         turns = list(product(range(len(self.queries.turns)), range(len(self.keys.turns))))
         coming = self._start(turns[0], queries, keys)
-        held: dict[int, Tensors] = {}
+        held: dict[int, list[tuple[Tensor, torch.device]]] = {}
         now_queries: Tensors = ()
         for following, (i, j) in zip([*turns[1:], None], turns, strict=True):
             came = coming.wait()
@@ -106,9 +108,9 @@ class Moves:
                 coming = self._start(following, queries, keys)
             if j == 0:
                 now_queries = came.pop(0)
-            now_keys = came.pop(0) if i == 0 else held[j]
-            if len(self.queries.turns) > 1:
-                held[j] = now_keys
+            now_keys = came.pop(0) if i == 0 else [back(x, device) for x, device in held[j]]
+            if i == 0 and len(self.queries.turns) > 1:
+                held[j] = [(away(x, self.mine.work.scheme.offload), x.device) for x in now_keys]
             yield Arrived(query_turn=i, key_turn=j, queries=now_queries, keys=now_keys)
 
     def _start(self, turns: tuple[int, int], queries: Tensors, keys: Tensors) -> "Coming":

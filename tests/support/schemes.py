@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -33,7 +33,8 @@ def schemes(ranks: int) -> list[Scheme]:
         for team, keys in product(range(2, ranks + 1), ("gather", "ring")):
             if ranks % team == 0:
                 found.append(Scheme.two_dimensional(head_ranks=team, keys=keys, keep=keep, chunk=chunk))
-    return [*found, Scheme.ulysses(chunk=CHUNKS[0])]
+    found += [replace(scheme, offload=True) for scheme in found[-2:]]
+    return [*found, Scheme.ulysses(chunk=CHUNKS[0]), Scheme.ulysses(keep=False)]
 
 
 def takes_attend(scheme: Scheme) -> bool:
