@@ -27,6 +27,8 @@ SYNC_OPERATIONS = frozenset(
         "aten::_unique", "aten::_unique2", "aten::unique_dim", "aten::unique_consecutive", "aten::bincount",
     }
 )  # fmt: skip
+# Receives are the other ends of the sends of peers, who count them.
+SEND_NOTHING = ("wait_tensor", "wrap_tensor_autograd", "c10d::recv")
 INDEXED_BY_MASK = frozenset({"aten::index.Tensor", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"})
 
 
@@ -35,7 +37,7 @@ class Counts:
     """What one pass did on this rank.
 
     Attributes:
-        collectives: names of the operations on a process group, in order.
+        collectives: names of the operations on a process group, in order; sends, too, but no receives.
         wire_bytes: bytes handed to them for other ranks.
         host_syncs: what the host would have waited for, in order.
     """
@@ -110,7 +112,7 @@ class _Operations(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.name()
         if "c10d" in func.namespace:
-            if not name.endswith(("wait_tensor", "wrap_tensor_autograd")):  # they move nothing
+            if not name.startswith(SEND_NOTHING) and not name.endswith(SEND_NOTHING):
                 self.counts.collectives.append(name)
                 self.counts.wire_bytes += bytes_to_others(name, args)
         elif not self.functions.is_host_call and _waits(name, args, kwargs or {}):

@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from .command import Job
 
 DESCRIPTION = (
-    "Time this library, the usual implementations and the bare collectives in turns on CPU ranks that the command "
-    "starts, and count what each sends, waits for and keeps. "
+    "Time this library, the usual implementations, torch's context parallel and floors in turns on CPU ranks that "
+    "the command starts, and count what each sends, waits for and keeps. "
     + EXIT_STATUS.format(fine="every workload ran and every contender gave right results")
 )
 
@@ -19,7 +19,7 @@ DESCRIPTION = (
 def add_bench(commands: Any) -> None:
     """Add the command to ``commands``, the subparsers of argparse."""
     parser: argparse.ArgumentParser = commands.add_parser(
-        "bench", help="time dispatch and attention exchanges against their floors", description=DESCRIPTION
+        "bench", help="time dispatch and attention over ranks against floors and peers", description=DESCRIPTION
     )
     add_config(parser, default="bench", example="bench_tiny")
     parser.add_argument("--workloads", metavar="NAME", nargs="+", help="run only these workloads of the config")
@@ -34,7 +34,7 @@ def add_bench(commands: Any) -> None:
     add_json(parser)
     add_plot(parser, shows="times as multiples of the floor's")
     parser.add_argument("--profile", action="store_true", help="print what each contender spends its time on")
-    add_timeout(parser, limits="for each workload")
+    add_timeout(parser, limits="for each workload", default=1800.0)
     parser.set_defaults(prepare=_prepare)
 
 

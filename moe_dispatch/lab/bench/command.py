@@ -17,7 +17,7 @@ from ..desk.names import chosen_names
 from ..desk.output import check_output
 from ..desk.packaged import find_config
 from ..desk.provenance import provenance
-from .config import BenchConfig, UlyssesConfig, WorkloadConfig, load_bench
+from .config import BenchConfig, WorkloadConfig, load_bench
 from .contenders.named import find_adapter
 from .measure import measure
 from .memory import ALLOCATOR
@@ -120,16 +120,15 @@ def prepare(arguments: argparse.Namespace) -> Job:
 
 def run_workload(workload: WorkloadConfig, job: Job) -> WorkloadResult:
     """One workload on fresh ranks, which all have the allocator settings of :data:`ALLOCATOR`."""
-    kind = "ulysses" if isinstance(workload, UlyssesConfig) else "dispatch"
     given = (workload, job.adapter, job.repeat, job.profile)
     with environment(dict((*ALLOCATOR, *QUIET))), RankPool() as pool:
         try:
             of_ranks = pool.run(measure, workload.ranks, *given, timeout=job.timeout)
         except RankError as error:
-            return WorkloadResult(name=workload.name, kind=kind, shape=workload.shape, error=str(error))
+            return WorkloadResult(name=workload.name, kind=workload.kind, shape=workload.shape, error=str(error))
     return WorkloadResult(
         name=workload.name,
-        kind=kind,
+        kind=workload.kind,
         shape=workload.shape,
         allocator=of_ranks[0][1],
         lines=tuple(largest(list(of_name)) for of_name in zip(*(lines for lines, _ in of_ranks), strict=True)),

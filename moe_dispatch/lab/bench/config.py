@@ -33,6 +33,10 @@ class DispatchConfig:
     turns: int = Field(default=1, ge=1, le=10000, examples=[1])
 
     @property
+    def kind(self) -> str:
+        return "dispatch"
+
+    @property
     def tokens_per_rank(self) -> tuple[int, ...]:
         return self.tokens if isinstance(self.tokens, tuple) else (self.tokens,) * self.ranks
 
@@ -52,8 +56,8 @@ class DispatchConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
-class UlyssesConfig:
-    """Attention over ranks: ``seq`` tokens of each row cut as evenly as can be, or a list, one length per rank."""
+class HeadsConfig:
+    """Heads over ranks: ``seq`` tokens of each row cut as evenly as can be, or a list, one length per rank."""
 
     name: str = Field(min_length=1, examples=['"a"'])
     ranks: int = Field(ge=1, le=MOST_RANKS, examples=[4])
@@ -74,7 +78,12 @@ class UlyssesConfig:
         seq = "+".join(map(str, self.seq)) if isinstance(self.seq, tuple) else str(self.seq)
         heads = f"N {self.heads}, G {self.kv_heads}, H {self.head_dim}"
         turns = f", {self.turns} turns a repetition" if self.turns > 1 else ""
-        return f"{self.ranks} ranks, B {self.batch}, S {seq}, {heads}, {self.dtype}{turns}"
+        return f"{self.ranks} ranks, B {self.batch}, S {seq}, {heads}, {self.dtype}{self.mask}{turns}"
+
+    @property
+    def mask(self) -> str:
+        """What ``shape`` tells of the mask; nothing where there is none."""
+        return ""
 
     def problem(self) -> str:
         if self.heads % self.kv_heads:
@@ -83,21 +92,48 @@ class UlyssesConfig:
         return _problem_of_sizes("seq", sizes, self.ranks)
 
 
-WorkloadConfig = DispatchConfig | UlyssesConfig
+@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
+class UlyssesConfig(HeadsConfig):
+    """The exchange of Ulysses around an attention that is a sum."""
+
+    @property
+    def kind(self) -> str:
+        return "ulysses"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
+class AttentionConfig(HeadsConfig):
+    """Causal attention over ranks, computed. ``window``: how many keys before its own a query sees, -1 for all."""
+
+    window: int = Field(default=-1, ge=-1, le=MOST_TOKENS, examples=[256])
+
+    @property
+    def kind(self) -> str:
+        return "attention"
+
+    @property
+    def mask(self) -> str:
+        return f", causal, window {self.window}" if self.window >= 0 else ", causal"
+
+
+WorkloadConfig = DispatchConfig | UlyssesConfig | AttentionConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
 class BenchConfig:
-    """``[[dispatch]]`` and ``[[ulysses]]`` tables, at least one."""
+    """``[[dispatch]]``, ``[[ulysses]]`` and ``[[attention]]`` tables, at least one."""
 
     dispatch: tuple[DispatchConfig, ...] = Field(
         default=(), description="a list of tables", examples=["[[dispatch]]"]
     )
     ulysses: tuple[UlyssesConfig, ...] = Field(default=(), description="a list of tables", examples=["[[ulysses]]"])
+    attention: tuple[AttentionConfig, ...] = Field(
+        default=(), description="a list of tables", examples=["[[attention]]"]
+    )
 
     @property
     def workloads(self) -> tuple[WorkloadConfig, ...]:
-        return (*self.dispatch, *self.ulysses)
+        return (*self.dispatch, *self.ulysses, *self.attention)
 
 
 def load_bench(path: Path) -> BenchConfig:
@@ -119,7 +155,8 @@ def _broken_rules(config: BenchConfig) -> list[str]:
             problems.append(f'two workloads are named "{name}"; name each once')
     if not config.workloads:
         problems.append(
-            "it has no workload; add a [[dispatch]] or [[ulysses]] table, as configs/bench/bench.toml has them"
+            "it has no workload; add a [[dispatch]], [[ulysses]] or [[attention]] table, as the files of "
+            "configs/bench/ have them"
         )
     return problems
 

@@ -3,7 +3,7 @@
 import gc
 import time
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -11,13 +11,14 @@ from torch import Tensor
 
 from ...testing.counting import Counts, counting, run_backward
 from ...wire.exchange import check_is_group
-from .config import DispatchConfig, WorkloadConfig
+from .config import WorkloadConfig
 from .contenders.floor import Floor, floors_of
 from .contenders.named import contenders_of
-from .contenders.protocol import Contender, NotApplicable
+from .contenders.protocol import Made, NotApplicable
 from .memory import allocator_in_force, bytes_kept, peak_bytes
 from .results import Line, Traffic
-from .workload import Case, DispatchWorkload, UlyssesWorkload
+from .workloads.case import Case
+from .workloads.of_config import cases_of, workload_of
 
 WARMUPS = 1  # after the check and the accounts, which call everything four times
 # Largest max |difference| / max |value|; rows are rounded once or twice on their way, and sums have their own order.
@@ -32,7 +33,7 @@ TOLERANCE = (
 class Run:
     """A contender with its tensors: ``forward`` and ``backward`` as the floors have them."""
 
-    def __init__(self, contender: Contender, case: Case) -> None:
+    def __init__(self, contender: Made, case: Case) -> None:
         self.contender, self.case = contender, case
 
     def forward(self) -> Tensor:
@@ -46,6 +47,15 @@ class Run:
         """Not the dispatcher's: the caller's, and what the experts of the last forward keep."""
         case = self.case
         return *case.inputs, case.grad_out, case.out, *case.grads, *getattr(self.contender, "experts_keep", ())
+
+
+@dataclass(frozen=True, slots=True)
+class Times:
+    """Of one call on this rank: the clock's, and forward + backward on all threads of this process."""
+
+    forward_ms: float
+    both_ms: float
+    processor_ms: float
 
 
 def measure(
@@ -64,12 +74,13 @@ def _measure(
     rank: int, config: WorkloadConfig, adapter: str, repeat: int, profile: bool
 ) -> tuple[list[Line], tuple[str, ...]]:
     group = check_is_group(dist.group.WORLD)
-    workload = DispatchWorkload.of(config) if isinstance(config, DispatchConfig) else UlyssesWorkload.of(config)
-    case = workload.case(rank)
+    workload = workload_of(config)
+    case_of = cases_of(workload, group)
     lines, runs = {}, {}
     for name, make in contenders_of(workload.kind, adapter).items():
         try:
-            run = Run(make(workload, group), case)
+            contender = make(workload, group)
+            run = Run(contender, case_of(contender))
         except NotApplicable as reason:
             lines[name] = Line(name=name, absent=str(reason))
             continue
@@ -82,8 +93,12 @@ def _measure(
     lines |= {name: Line(name=name) for name in floors}
     times = time_in_turns(runs | floors, repeat * config.turns)
     for name, of_name in times.items():
-        forward_ms, both_ms = zip(*of_name, strict=True)
-        lines[name] = replace(lines[name], forward_ms=forward_ms, both_ms=both_ms)
+        lines[name] = replace(
+            lines[name],
+            forward_ms=tuple(each.forward_ms for each in of_name),
+            both_ms=tuple(each.both_ms for each in of_name),
+            processor_ms=(tuple(each.processor_ms for each in of_name),),
+        )
     if profile:
         from .phases import phases_of
 
@@ -140,14 +155,16 @@ def account(name: str, run: Run) -> Line:
 
 def _traffic(counts: Counts) -> Traffic:
     return Traffic(
-        collectives=len(counts.collectives), wire_bytes=counts.wire_bytes, host_syncs=len(counts.host_syncs)
+        collectives=len(counts.collectives),
+        wire_bytes=counts.wire_bytes,
+        all_ranks_bytes=counts.wire_bytes,
+        host_syncs=len(counts.host_syncs),
     )
 
 
-def time_in_turns(runs: Mapping[str, Run | Floor], repeat: int) -> dict[str, list[tuple[float, float]]]:
-    """Milliseconds of (forward, forward + backward) of each repetition. In each, every run has its turn, in an order
-    of :func:`order_of_turn`."""
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
+def time_in_turns(runs: Mapping[str, Run | Floor], repeat: int) -> dict[str, list[Times]]:
+    """Times of each repetition. In each, every run has its turn, in an order of :func:`order_of_turn`."""
+    times: dict[str, list[Times]] = {name: [] for name in runs}
     names = list(runs)
     gc.collect()
     gc.disable()
@@ -172,18 +189,12 @@ def order_of_turn(turn: int, count: int) -> list[int]:
     return order if turn // count % 2 == 0 else order[::-1]
 
 
-def _time_call(run: Run | Floor) -> tuple[float, float]:
+def _time_call(run: Run | Floor) -> Times:
     dist.barrier()
-    start = time.perf_counter()
-    if isinstance(run, Floor):
-        run.forward()
-        middle = time.perf_counter()
-        run.backward()
-        end = time.perf_counter()
-    else:
-        out = run.forward()
-        middle = time.perf_counter()
-        grads = run.backward(out)
-        end = time.perf_counter()
-        del out, grads  # freed here: the time of others, not ours
-    return (middle - start) * 1e3, (end - start) * 1e3
+    start, processor = time.perf_counter(), time.process_time()
+    out = run.forward()
+    middle = time.perf_counter()
+    grads = run.backward(out)
+    end, processor_end = time.perf_counter(), time.process_time()
+    del out, grads  # freed here: the time of others, not ours
+    return Times((middle - start) * 1e3, (end - start) * 1e3, (processor_end - processor) * 1e3)

@@ -11,6 +11,7 @@ REPETITIONS = 3
 # The first group that has the start of an operation's name gets it.
 GROUPS = (
     ("exchange", ("gloo:", "nccl:")),  # from the call to the last row's arrival: peers that are late count here
+    ("attention", ("aten::_scaled_dot_product_flash", "aten::_softmax", "aten::bmm", "aten::mm", "aten::exp")),
     (
         "sum rows",
         ("aten::_embedding_bag", "aten::embedding_bag", "aten::index_add", "aten::sum", "aten::scatter_add"),

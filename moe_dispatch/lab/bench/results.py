@@ -2,15 +2,23 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from statistics import median
+from statistics import mean, median
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Traffic:
-    """One pass of one contender, forward or backward: the largest of its ranks."""
+    """One pass of one contender, forward or backward: on one rank, or the largest of all ranks.
+
+    Attributes:
+        collectives: operations of a process group.
+        wire_bytes: bytes to other ranks.
+        all_ranks_bytes: the same, of all ranks that this tells of together.
+        host_syncs: where the host waited for a device, or would have.
+    """
 
     collectives: int
     wire_bytes: int
+    all_ranks_bytes: int
     host_syncs: int
 
 
@@ -20,6 +28,7 @@ class Line:
 
     Attributes:
         forward_ms, both_ms: of each repetition; forward alone, and forward + backward. Empty where nothing was timed.
+        processor_ms: for each rank, what forward + backward took of a processor in each repetition.
         forward, backward: None for a floor.
         kept_bytes: what the forward leaves for the backward, without its output.
         peak_bytes: rise of the resident memory during forward + backward; None where it is not known.
@@ -31,6 +40,7 @@ class Line:
     name: str
     forward_ms: tuple[float, ...] = ()
     both_ms: tuple[float, ...] = ()
+    processor_ms: tuple[tuple[float, ...], ...] = ()
     forward: Traffic | None = None
     backward: Traffic | None = None
     kept_bytes: int | None = None
@@ -38,6 +48,16 @@ class Line:
     phase_ms: Mapping[str, float] | None = None
     absent: str = ""
     wrong: bool = False
+
+    @property
+    def processor_ms_of_rank(self) -> tuple[float, ...]:
+        """Medians over the repetitions."""
+        return tuple(median(of_rank) for of_rank in self.processor_ms)
+
+    @property
+    def fullest_rank(self) -> float:
+        """The processor time of the rank that takes most, over the mean of all ranks."""
+        return max(self.processor_ms_of_rank) / mean(self.processor_ms_of_rank)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +109,7 @@ def largest(lines: list[Line]) -> Line:
         return Traffic(
             collectives=max(t.collectives for t in of_ranks),
             wire_bytes=max(t.wire_bytes for t in of_ranks),
+            all_ranks_bytes=sum(t.all_ranks_bytes for t in of_ranks),
             host_syncs=max(t.host_syncs for t in of_ranks),
         )
 
@@ -98,6 +119,7 @@ def largest(lines: list[Line]) -> Line:
         name=first.name,
         forward_ms=tuple(map(max, zip(*(line.forward_ms for line in lines), strict=True))),
         both_ms=tuple(map(max, zip(*(line.both_ms for line in lines), strict=True))),
+        processor_ms=tuple(of_rank for line in lines for of_rank in line.processor_ms),
         forward=passes("forward"),
         backward=passes("backward"),
         kept_bytes=max(kept, default=None),

@@ -32,9 +32,9 @@ def add_plot(parser: argparse.ArgumentParser, *, shows: str) -> None:
     parser.add_argument("--plot", metavar="FILE", type=Path, help=f"draw {shows} (png, svg, pdf ...)")
 
 
-def add_timeout(parser: argparse.ArgumentParser, *, limits: str) -> None:
+def add_timeout(parser: argparse.ArgumentParser, *, limits: str, default: float = 300.0) -> None:
     parser.add_argument(
-        "--timeout", metavar="SECONDS", type=seconds, default=300.0, help=f"limit {limits} (default: 300)"
+        "--timeout", metavar="SECONDS", type=seconds, default=default, help=f"limit {limits} (default: {default:.0f})"
     )
 
 

@@ -119,7 +119,7 @@ def line_of(match: re.Match[str]) -> Line:
         return line
     wire, calls, syncs = (match[key].split(" + ") for key in ("wire", "calls", "syncs"))
     traffic = [
-        Traffic(collectives=int(call), wire_bytes=round(float(moved) * 1e6), host_syncs=int(sync))
+        Traffic(collectives=int(call), wire_bytes=round(float(moved) * 1e6), all_ranks_bytes=0, host_syncs=int(sync))
         for moved, call, sync in zip(wire, calls, syncs, strict=True)
     ]
     kept, peak = (round(float(match[key]) * 1e6) for key in ("kept", "peak"))

@@ -121,3 +121,17 @@ def other_collectives() -> list[int]:
 
 def test_other_collectives_count_what_a_ring_moves(rank_pool: RankPool) -> None:
     assert rank_pool.run(other_collectives, 3) == [[32, 48, 48, 16, 16, 24, 16]] * 3
+
+
+def sent_to_a_neighbour() -> tuple[list[str], int]:
+    rank, ranks, received = dist.get_rank(), dist.get_world_size(), torch.empty(6)
+    with counting() as counts:
+        works = [dist.isend(torch.ones(4), (rank + 1) % ranks), dist.irecv(received[:4], (rank - 1) % ranks)]
+        for work in works:
+            assert work is not None
+            work.wait()
+    return counts.collectives, counts.wire_bytes
+
+
+def test_a_send_counts_where_it_is_sent_and_not_where_it_arrives(rank_pool: RankPool) -> None:
+    assert rank_pool.run(sent_to_a_neighbour, 3) == [(["c10d::send"], 16)] * 3

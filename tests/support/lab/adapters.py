@@ -4,9 +4,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moe_dispatch import TokenSharding
 from moe_dispatch.lab.bench.contenders.ours import OurDispatch
 from moe_dispatch.lab.bench.contenders.protocol import NotApplicable
-from moe_dispatch.lab.bench.workload import UlyssesWorkload
+from moe_dispatch.lab.bench.workloads.attention import AttentionWorkload
+from moe_dispatch.lab.bench.workloads.ulysses import UlyssesWorkload
+from sp_attention import ulysses_attention
 
 NO_CLASS = "a string"
 
@@ -49,7 +52,25 @@ class Raises(OurDispatch):
         raise RuntimeError("no such kernel")
 
 
-class Odd:
+class Attention:
     kind = "attention"
+
+    def __init__(self, workload: AttentionWorkload, group: dist.ProcessGroup) -> None:
+        self.workload, self.group = workload, group
+
+    def forward(self, q_BlNH: Tensor, k_BlGH: Tensor, v_BlGH: Tensor) -> Tensor:
+        """Without a ``sharding`` of its own it gets contiguous tokens."""
+        sharding = self.workload.sharding
+        return ulysses_attention(q_BlNH, k_BlGH, v_BlGH, sharding=sharding, group=self.group, is_causal=True)
+
+
+class TakesZigzagForContiguous(Attention):
+    @property
+    def sharding(self) -> TokenSharding:
+        return self.workload.in_order("zigzag")
+
+
+class Odd:
+    kind = "attentive"
 
     def forward(self) -> None: ...

@@ -1,19 +1,36 @@
-"""What moving these rows costs with nothing around it: ``all_to_all_single`` between buffers that are there already.
+"""What a workload costs with nothing around it.
 
-A rank's own rows pass through the collective as well, as they usually do. Ours keep them out of it, so the bytes on
-the wire are the same, but the backend's own copy is in the floor only.
+For dispatch and the exchange of Ulysses: ``all_to_all_single`` between buffers that are there already. A rank's own
+rows pass through the collective as well, as they usually do. Ours keep them out of it, so the bytes on the wire are
+the same, but the backend's own copy is in the floor only.
+
+For attention: the attention, where nothing has to be exchanged.
 """
 
 from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..workload import DispatchWorkload, UlyssesWorkload
+from sp_attention import scaled_dot_product
+
+from ..workloads.attention import AttentionWorkload
+from ..workloads.dispatch import DispatchWorkload
+from ..workloads.of_config import Workload
+from ..workloads.ulysses import UlyssesWorkload
 
 
-class Floor:
+class Floor(Protocol):
+    """``backward`` takes what ``forward`` gave."""
+
+    def forward(self) -> Any: ...
+
+    def backward(self, out: Any) -> object: ...
+
+
+class BareExchange:
     """Rows there and back in forward, there and back again in backward; nothing is gathered, copied or summed."""
 
     def __init__(
@@ -29,13 +46,39 @@ class Floor:
         for rows, out, sent, received in self.ways:
             dist.all_to_all_single(out, rows, received, sent, group=self.group)
 
-    def backward(self) -> None:
+    def backward(self, out: None) -> None:
         """The gradient of ``back`` takes the way of ``there``, and the other way round: the same two calls."""
         self.forward()
 
 
-def floors_of(workload: DispatchWorkload | UlyssesWorkload, group: dist.ProcessGroup) -> dict[str, Floor]:
+class BareAttention:
+    """The default ``attend``, of this rank's heads, on whole sequences that it has already."""
+
+    def __init__(self, workload: AttentionWorkload, group: dist.ProcessGroup) -> None:
+        heads, rank = workload.heads, group.rank()
+        mine = slice(heads.offsets[rank], heads.offsets[rank] + heads.sizes[rank])
+        kv_of_head = [head // (heads.total // workload.num_kv) for head in range(heads.total)][mine]
+        needed = sorted(set(kv_of_head))
+        if sorted(needed * (len(kv_of_head) // max(len(needed), 1))) != kv_of_head:  # a group straddles ranks
+            needed = kv_of_head
+        q_BLNH, k_BLGH, v_BLGH, grad_BLNH = workload.whole
+        inputs = (q_BLNH[:, :, mine], k_BLGH[:, :, needed], v_BLGH[:, :, needed])
+        self.leaves = tuple(x.contiguous().requires_grad_() for x in inputs)
+        self.grad_BLnH, self.options = grad_BLNH[:, :, mine].contiguous(), workload.options
+
+    def forward(self) -> Tensor:
+        if not self.grad_BLnH.numel():  # a rank without heads
+            return self.leaves[0] * 1
+        return scaled_dot_product(*self.leaves, **self.options)
+
+    def backward(self, out: Tensor) -> tuple[Tensor | None, ...]:
+        return torch.autograd.grad(out, self.leaves, self.grad_BLnH, allow_unused=True)
+
+
+def floors_of(workload: Workload, group: dist.ProcessGroup) -> dict[str, Floor]:
     """Name -> floor, the one that ratios are taken against first."""
+    if isinstance(workload, AttentionWorkload):
+        return {"floor": BareAttention(workload, group)}
     if isinstance(workload, UlyssesWorkload):
         return {"floor": _ulysses_floor(workload, group)}
     return {
@@ -55,14 +98,14 @@ def rows_between(workload: DispatchWorkload, *, once: bool) -> list[list[int]]:
     return counts
 
 
-def _row_floor(workload: DispatchWorkload, group: dist.ProcessGroup, *, once: bool) -> Floor:
+def _row_floor(workload: DispatchWorkload, group: dist.ProcessGroup, *, once: bool) -> BareExchange:
     counts, rank = rows_between(workload, once=once), group.rank()
     sent, received = counts[rank], [row[rank] for row in counts]
     here_SD, there_RD = (torch.ones(sum(n), workload.dim, dtype=workload.dtype) for n in (sent, received))
-    return Floor((here_SD, there_RD, sent, received), (there_RD, here_SD, received, sent), group)
+    return BareExchange((here_SD, there_RD, sent, received), (there_RD, here_SD, received, sent), group)
 
 
-def _ulysses_floor(workload: UlyssesWorkload, group: dist.ProcessGroup) -> Floor:
+def _ulysses_floor(workload: UlyssesWorkload, group: dist.ProcessGroup) -> BareExchange:
     """Exactly the elements of q, and of the k and v heads that each rank needs; then those of the output."""
     rank, tokens = group.rank(), workload.sharding.local_sizes
     query, kv = workload.heads.sizes, workload.kv_needed
@@ -74,6 +117,6 @@ def _ulysses_floor(workload: UlyssesWorkload, group: dist.ProcessGroup) -> Floor
     sent, received = [tokens[rank] * w for w in width], [t * width[rank] for t in tokens]
     home = [t * query[rank] * workload.head_dim for t in tokens]
     arriving = [tokens[rank] * n * workload.head_dim for n in query]
-    return Floor(
+    return BareExchange(
         (buffer(sent), buffer(received), sent, received), (buffer(home), buffer(arriving), home, arriving), group
     )

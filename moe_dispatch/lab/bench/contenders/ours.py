@@ -10,7 +10,8 @@ from sp_attention import ulysses_attention
 
 from .... import DispatchMetadata, combine, dispatch, plan_dispatch
 from ....rows.sums import dot_rows, weigh_rows
-from ..workload import DispatchWorkload, UlyssesWorkload, add_heads
+from ..workloads.dispatch import DispatchWorkload
+from ..workloads.ulysses import UlyssesWorkload, add_heads
 
 
 class OurDispatch:

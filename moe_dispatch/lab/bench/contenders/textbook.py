@@ -1,16 +1,20 @@
 """The usual implementations, plain and fair: what most training code does, without its detours.
 
 Dispatch: sort the choices by expert, send one row per choice, weigh and sum with ``index_add`` where the token lives.
-Ulysses: one all-to-all each for q, k, v and the output, for even shards.
+Ulysses: one all-to-all each for q, k, v and the output, for even shards; what it is around is a sum, or torch's
+attention.
 """
 
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
-from ..workload import DispatchWorkload, UlyssesWorkload, add_heads
+from ..workloads.attention import AttentionWorkload
+from ..workloads.dispatch import DispatchWorkload
+from ..workloads.ulysses import UlyssesWorkload, add_heads
 from .protocol import NotApplicable
 
 
@@ -58,7 +62,7 @@ class TextbookUlysses:
 
     kind = "ulysses"
 
-    def __init__(self, workload: UlyssesWorkload, group: dist.ProcessGroup) -> None:
+    def __init__(self, workload: UlyssesWorkload | AttentionWorkload, group: dist.ProcessGroup) -> None:
         ranks = group.size()
         for what, sizes in (
             ("tokens", workload.sharding.places.lengths.sizes),
@@ -72,7 +76,10 @@ class TextbookUlysses:
 
     def forward(self, q_BlNH: Tensor, k_BlGH: Tensor, v_BlGH: Tensor) -> Tensor:
         q_BLnH, k_BLgH, v_BLgH = (self.heads_from_tokens(x) for x in (q_BlNH, k_BlGH, v_BlGH))
-        return self.tokens_from_heads(add_heads(q_BLnH, k_BLgH, v_BLgH))
+        return self.tokens_from_heads(self.attend(q_BLnH, k_BLgH, v_BLgH))
+
+    def attend(self, q_BLnH: Tensor, k_BLgH: Tensor, v_BLgH: Tensor) -> Tensor:
+        return add_heads(q_BLnH, k_BLgH, v_BLgH)
 
     def heads_from_tokens(self, x_BlNH: Tensor) -> Tensor:
         sent_PBlnH = x_BlNH.unflatten(2, (self.ranks, -1)).permute(2, 0, 1, 3, 4).contiguous()
@@ -87,6 +94,24 @@ class TextbookUlysses:
     def exchange(self, x_PBlnH: Tensor) -> Tensor:
         one_each = [1] * self.ranks
         return Exchange.apply(x_PBlnH, one_each, one_each, self.group)  # type: ignore[return-value]
+
+
+class TextbookAttention(TextbookUlysses):
+    """The same around torch's ``scaled_dot_product_attention``, whose only window is a mask of (L, L)."""
+
+    kind = "attention"
+
+    def __init__(self, workload: AttentionWorkload, group: dist.ProcessGroup) -> None:
+        super().__init__(workload, group)
+        self.mask: dict[str, Any] = {"is_causal": True}
+        if workload.window >= 0:
+            length = workload.sharding.seq.total
+            in_window_LL = torch.ones(length, length, dtype=torch.bool).tril_().triu_(-workload.window)
+            self.mask = {"attn_mask": in_window_LL}
+
+    def attend(self, q_BLnH: Tensor, k_BLgH: Tensor, v_BLgH: Tensor) -> Tensor:
+        q_BnLH, k_BgLH, v_BgLH = (x.transpose(1, 2) for x in (q_BLnH, k_BLgH, v_BLgH))
+        return F.scaled_dot_product_attention(q_BnLH, k_BgLH, v_BgLH, **self.mask, enable_gqa=True).transpose(1, 2)
 
 
 class Exchange(torch.autograd.Function):

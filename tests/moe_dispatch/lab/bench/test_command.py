@@ -87,7 +87,10 @@ def test_a_signal_ends_the_run_with_the_workloads_that_finished(
 @pytest.mark.parametrize(
     ("argv", "told"),
     [
-        (["none"], r"config none does not exist; name a TOML file, or a packaged config: 'bench', 'bench_tiny'\n$"),
+        (
+            ["none"],
+            r"config none does not exist; name a TOML file, or a packaged config: 'attention', 'bench', 'bench_",
+        ),
         (["bench_tiny", "--adapter", "none"], r"adapter 'none' is not of the form package.module:Name"),
         (
             ["bench_tiny", "--adapter", "no_such.module:Name"],
@@ -97,7 +100,7 @@ def test_a_signal_ends_the_run_with_the_workloads_that_finished(
         (["bench_tiny", "--adapter", f"{ADAPTERS}:NO_CLASS"], r"NO_CLASS is no class with a method forward"),
         (
             ["bench_tiny", "--adapter", f"{ADAPTERS}:Odd"],
-            r'has kind = \'attention\'; it has to be "dispatch" or "ulysses"',
+            r'has kind = \'attentive\'; it has to be "dispatch", "ulysses" or "attention"',
         ),
         (["bench_tiny", "--workloads", "evn"], r"no workload of the config is named 'evn'; .*did you mean 'even'"),
         (["bench_tiny", "--plot", "out.doc"], r"out.doc is no file type for a plot"),

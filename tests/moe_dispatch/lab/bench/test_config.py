@@ -54,6 +54,15 @@ dtype = "float32"
         ("dispatch = 3", "dispatch is 3; it has to be a list of tables, e.g. [[dispatch]]"),
         ("dispatch = [3]", "dispatch[0] is 3; it has to be a table"),
         (ULYSSES.replace("kv_heads = 2", "kv_heads = 3"), '"u": kv_heads is 3; it has to divide heads, which is 4'),
+        (
+            ULYSSES.replace("ulysses", "attention") + "window = -2\n",
+            'attention[0].window (workload "u") is -2; it has to be an int of at least -1, e.g. window = 256',
+        ),
+        (ULYSSES + "window = 2\n", 'ulysses[0].window (workload "u") is not a known key'),
+        (
+            ULYSSES.replace("ulysses", "attention").replace("= 2\nhead", "= 3\nhead"),
+            '"u": kv_heads is 3; it has to divide',
+        ),
         (ULYSSES.replace("seq = 4", "seq = [0, 0]"), '"u": seq is (0, 0); numbers have to be'),
     ],
 )
@@ -67,3 +76,6 @@ def test_a_config_that_cannot_be_used_is_told_with_its_key(tmp_path: Path, text:
 def test_the_configs_of_the_project_load() -> None:
     names = [workload.name for workload in load_bench(CONFIGS / "bench" / "bench.toml").workloads]
     assert names == ["a", "b", "c", "a, Zipf", "a, uneven", "d", "e", "d, uneven"]
+    shapes = [workload.shape for workload in load_bench(CONFIGS / "bench" / "attention.toml").workloads]
+    of_all = "4 ranks, B 1, S {}, N 16, G 4, H 64, float32, causal"
+    assert shapes == [of_all.format(4096), of_all.format(8192), of_all.format(4096) + ", window 256"]

@@ -5,7 +5,9 @@ import torch.distributed as dist
 
 from moe_dispatch.lab.bench.config import DispatchConfig, UlyssesConfig, WorkloadConfig
 from moe_dispatch.lab.bench.contenders.floor import floors_of, rows_between
-from moe_dispatch.lab.bench.workload import DispatchWorkload, UlyssesWorkload
+from moe_dispatch.lab.bench.workloads.dispatch import DispatchWorkload
+from moe_dispatch.lab.bench.workloads.of_config import workload_of
+from moe_dispatch.lab.bench.workloads.ulysses import UlyssesWorkload
 from moe_dispatch.testing import RankPool
 from moe_dispatch.testing.counting import counting
 from tests.support.lab.bench_workloads import ROUTED
@@ -37,13 +39,13 @@ def test_floor_rows_are_those_that_the_choices_name() -> None:
 def floor_bytes(config: WorkloadConfig) -> dict[str, int]:
     group = dist.group.WORLD
     assert group is not None
-    workload = DispatchWorkload.of(config) if isinstance(config, DispatchConfig) else UlyssesWorkload.of(config)
+    workload = workload_of(config)
     found = {}
     for name, floor in floors_of(workload, group).items():
         with counting() as counts:
             floor.forward()
         with counting() as backward:
-            floor.backward()
+            floor.backward(None)
         assert len(counts.collectives) == len(backward.collectives) == 2
         assert backward.wire_bytes == counts.wire_bytes
         found[name] = counts.wire_bytes

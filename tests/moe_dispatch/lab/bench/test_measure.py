@@ -16,7 +16,7 @@ from moe_dispatch.lab.bench.contenders.named import contenders_of
 from moe_dispatch.lab.bench.contenders.textbook import TextbookDispatch
 from moe_dispatch.lab.bench.measure import Run, measure, order_of_turn, problem_of, time_in_turns
 from moe_dispatch.lab.bench.phases import phases_of
-from moe_dispatch.lab.bench.workload import DispatchWorkload
+from moe_dispatch.lab.bench.workloads.dispatch import DispatchWorkload
 from moe_dispatch.testing import RankPool
 from tests.support.lab.bench_workloads import ROUTED, TINY
 from tests.support.lab.configs import ROOT
@@ -52,7 +52,7 @@ def turns() -> list[str]:
         def backward(self, out: Tensor) -> None: ...
 
     times = time_in_turns({name: Noted(name) for name in "abc"}, 3)  # type: ignore[dict-item]
-    assert all(len(of_name) == 3 and min(both for _, both in of_name) >= 0 for of_name in times.values())
+    assert all(len(of_name) == 3 and min(each.both_ms for each in of_name) >= 0 for of_name in times.values())
     return called
 
 

@@ -16,7 +16,7 @@ from moe_dispatch.lab.bench import memory
 from moe_dispatch.lab.bench.contenders.named import contenders_of
 from moe_dispatch.lab.bench.measure import Run, account
 from moe_dispatch.lab.bench.memory import bytes_kept, peak_bytes
-from moe_dispatch.lab.bench.workload import DispatchWorkload
+from moe_dispatch.lab.bench.workloads.dispatch import DispatchWorkload
 from moe_dispatch.testing import RankPool
 from tests.support.lab.bench_workloads import ROUTED
 

@@ -4,10 +4,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from moe_dispatch.lab.bench.config import DispatchConfig, WorkloadConfig
+from moe_dispatch.lab.bench.config import WorkloadConfig
 from moe_dispatch.lab.bench.contenders.floor import rows_between
 from moe_dispatch.lab.bench.contenders.named import contenders_of
-from moe_dispatch.lab.bench.workload import DispatchWorkload, UlyssesWorkload
+from moe_dispatch.lab.bench.workloads.dispatch import DispatchWorkload
+from moe_dispatch.lab.bench.workloads.of_config import cases_of, workload_of
 from moe_dispatch.testing import RankPool
 from moe_dispatch.testing.counting import Counts, counting, run_backward
 from tests.support.lab.bench_workloads import ROUTED, TINY
@@ -17,9 +18,9 @@ def counts_of_layer(name: str, config: WorkloadConfig) -> tuple[Counts, Counts]:
     """What the forward and the backward of one contender do on this rank."""
     group = dist.group.WORLD
     assert group is not None
-    workload = DispatchWorkload.of(config) if isinstance(config, DispatchConfig) else UlyssesWorkload.of(config)
-    case = workload.case(group.rank())
+    workload = workload_of(config)
     contender = contenders_of(workload.kind, "")[name](workload, group)
+    case = cases_of(workload, group)(contender)
     with counting() as forward:
         out = contender.forward(*case.inputs)
     with counting() as backward:
