@@ -17,8 +17,9 @@ from moe_dispatch import Partition, TokenSharding
 from moe_dispatch.internals import check_is_group
 from moe_dispatch.testing import RankPool
 
-from .call.ulysses import ulysses_attention
+from .call.over_ranks import attention_over_ranks
 from .reference import reference_attention
+from .work.scheme import ULYSSES, Scheme
 
 RANKS = 4
 TOLERANCE = 1e-12
@@ -39,6 +40,7 @@ class Case:
     widths: tuple[int, int] = (8, 8)
     order: Literal["BL", "LB"] = "BL"
     nan_at: tuple[int, ...] = ()
+    scheme: Scheme = ULYSSES
     options: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -101,6 +103,29 @@ def cases() -> list[Case]:
             options=causal,
         ),
         Case(name="sequence first", seq=(3, 0, 5, 1), order="LB", heads=(6, 3), options=causal),
+        Case(
+            name="gathered keys, zigzag",
+            seq=(2, 1, 2, 1, 2, 1, 1, 1),
+            held=((0, 7), (1, 6), (2, 5), (3, 4)),
+            heads=(3, 1),
+            options=causal,
+            scheme=Scheme.gather(),
+        ),
+        Case(
+            name="ring keys, packed, NaN",
+            seq=(7, 0, 4, 8),
+            batch=1,
+            nan_at=(5, 6, 14, 15, 16, 17, 18),
+            options=causal | packed,
+            scheme=Scheme.ring(),
+        ),
+        Case(
+            name="2 x 2, window, chunks",
+            seq=(4, 4, 4, 3),
+            heads=(3, 3),
+            options={"window": (5, 0)},
+            scheme=Scheme.two_dimensional(head_ranks=2, chunk=2),
+        ),
     ]
 
 
@@ -113,8 +138,9 @@ def on_rank(rank: int, case: Case) -> list[Tensor]:
         for x, sharding in zip(inputs, case.shardings, strict=True)
     )
     sharding, kv_sharding, _ = case.shardings
-    out_BlNH = ulysses_attention(
-        q_BlNH, k_BlGH, v_BlGH, sharding=sharding, kv_sharding=kv_sharding, group=group, **case.options
+    shardings: dict[str, Any] = {"sharding": sharding, "kv_sharding": kv_sharding}
+    out_BlNH = attention_over_ranks(
+        q_BlNH, k_BlGH, v_BlGH, group=group, scheme=case.scheme, **shardings, **case.options
     )
     grad_BlNH = sharding.shard(case.in_order(grad_BLNH), rank)
     return [out_BlNH.detach(), *torch.autograd.grad(out_BlNH, (q_BlNH, k_BlGH, v_BlGH), grad_BlNH)]

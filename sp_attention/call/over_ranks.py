@@ -13,7 +13,7 @@ from moe_dispatch.internals import Statement, check_is_group
 
 from ..attend.default import scaled_dot_product
 from ..attend.documents import Documents
-from ..work.scheme import ULYSSES, Keys, Scheme
+from ..work.scheme import ULYSSES, Keys, Scheme, problem_of_scheme
 from .inputs import AttentionInputs, most
 from .options import (
     Given,
@@ -97,7 +97,7 @@ def attention_over_ranks(
     tensors, facts, problem = (q_BlNH, k_BlGH, v_BlGH), "", ""
     inputs = documents = None
     try:
-        inputs = AttentionInputs.of(*tensors, sharding, kv_sharding, heads, group, _checked(scheme))
+        inputs = AttentionInputs.of(*tensors, sharding, kv_sharding, heads, group, _checked(scheme, group))
         documents, problem = Documents.read(
             cu_seqlens, cu_seqlens_padded, inputs.sharding.batch.total, inputs.lengths
         )
@@ -116,9 +116,9 @@ def attention_over_ranks(
     return call.in_tiles() if attend is None else call.by_attend(attend)
 
 
-def _checked(scheme: Scheme) -> Scheme:
-    if not isinstance(scheme, Scheme):
-        raise ValueError(f"scheme is {scheme!r}; pass a Scheme, e.g. Scheme.gather()")
+def _checked(scheme: Scheme, group: dist.ProcessGroup) -> Scheme:
+    if problem := problem_of_scheme(scheme, group.size()):
+        raise ValueError(problem)
     return scheme
 
 

@@ -1,7 +1,7 @@
 """Layers of one process, in a model, become layers over the ranks of a mesh."""
 
 from collections.abc import Mapping
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -11,23 +11,27 @@ from moe_dispatch import GroupedExperts, MoE, ParallelMesh, Partition, agree
 from moe_dispatch.internals import is_dtensor
 from moe_dispatch.reference import ReferenceMoE
 
-from ..call.module import UlyssesAttention
+from ..call.module import AttentionOverRanks, UlyssesAttention
 from ..reference import ReferenceAttention
+from ..work.scheme import ULYSSES, Scheme, problem_of_scheme
 
 OfOneProcess = ReferenceMoE | ReferenceAttention
 
 
-def spread_layers(model: nn.Module, mesh: ParallelMesh, experts: Partition | None, group: dist.ProcessGroup) -> None:
+def spread_layers(
+    model: nn.Module, mesh: ParallelMesh, experts: Partition | None, scheme: Scheme, group: dist.ProcessGroup
+) -> None:
     """See :meth:`Parallel.apply`."""
     ep, sp = mesh.expert.get_group("ep"), mesh.dense.get_group("sp")
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, OfOneProcess)}
     facts = "; ".join(f"{name} {_facts(layer, experts)}" for name, layer in layers.items())
     device = torch.device(mesh.dense.device_type)
-    agree(facts, problem=_problem(layers, experts, ep.size()), device=device, group=group)
+    problem = _problem(layers, experts, ep.size()) or problem_of_scheme(scheme, sp.size())
+    agree(f"{facts}; {scheme}", problem=problem, device=device, group=group)
     of_old: dict[int, nn.Module] = {}  # a layer or experts in two places stay one
     for layer in dict.fromkeys(layers.values()):
         if isinstance(layer, ReferenceAttention):
-            new = _attention(layer, sp)
+            new = _attention(layer, scheme, sp)
         else:
             partition = experts or Partition.balanced(layer.router.num_experts, ep.size())
             if id(layer.experts) not in of_old:
@@ -42,8 +46,11 @@ def spread_layers(model: nn.Module, mesh: ParallelMesh, experts: Partition | Non
                 setattr(module, name, of_old[id(child)])
 
 
-def _attention(layer: ReferenceAttention, group: dist.ProcessGroup) -> UlyssesAttention:
-    return UlyssesAttention(group=group, is_causal=layer.is_causal, window=layer.window, scale=layer.scale)
+def _attention(layer: ReferenceAttention, scheme: Scheme, group: dist.ProcessGroup) -> AttentionOverRanks:
+    options: dict[str, Any] = {"is_causal": layer.is_causal, "window": layer.window, "scale": layer.scale}
+    if scheme == ULYSSES:
+        return UlyssesAttention(group=group, **options)
+    return AttentionOverRanks(group=group, scheme=scheme, **options)
 
 
 @torch.no_grad()

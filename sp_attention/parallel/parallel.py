@@ -10,6 +10,7 @@ from moe_dispatch.internals import unseen_by_policies
 
 from ..batch.batch import Batch
 from ..batch.loss import MeanLoss, mean_cross_entropy
+from ..work.scheme import ULYSSES, Scheme
 from .layers import spread_layers
 from .mesh_batch import MeshBatch, shard_over_mesh
 from .on_mesh import OnMesh, everyone
@@ -30,22 +31,24 @@ class Parallel(OnMesh):
         ValueError: an impossible mesh.
     """
 
-    def apply(self, model: nn.Module, *, experts: Partition | None = None) -> None:
+    def apply(self, model: nn.Module, *, experts: Partition | None = None, scheme: Scheme = ULYSSES) -> None:
         """Turn a model of one process into this rank's part of it, in place: each
         :class:`moe_dispatch.reference.ReferenceMoE` becomes a :class:`moe_dispatch.MoE` over "ep" with this rank's
-        experts, each ``sp_attention.reference.ReferenceAttention`` a :class:`UlyssesAttention` over "sp".
+        experts, each ``sp_attention.reference.ReferenceAttention`` a :class:`UlyssesAttention` over "sp", or in
+        another scheme an :class:`AttentionOverRanks`.
         Parameters keep their names. A model on "meta" stays there; load it with
         :func:`moe_dispatch.share_of_state_dict`. Layers that were built with a group are left alone.
 
         Args:
             model: whole, and the same on every rank.
             experts: which rank of "ep" holds which experts; ``Partition.balanced`` if left out.
+            scheme: how attention is spread over "sp".
 
         Raises:
             GroupError: on every rank, before anything is changed: a model without such layers, a partition that does
-                not fit, hooks on such a layer, or ranks with different layers.
+                not fit, hooks on such a layer, a scheme that "sp" cannot have, or ranks with different layers.
         """
-        spread_layers(model, self.mesh, experts, everyone())
+        spread_layers(model, self.mesh, experts, scheme, everyone())
 
     @torch.compiler.disable(reason="each batch would be another graph; cut batches outside of what is compiled")
     @unseen_by_policies

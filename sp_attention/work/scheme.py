@@ -116,6 +116,17 @@ class Scheme:
         return f"scheme with {heads} to the heads, keys {self.keys.value}{kept}{bound}"
 
 
+def problem_of_scheme(scheme: Any, ranks: int) -> str:
+    """What is wrong with what should be a scheme for a group of so many ranks; empty where nothing is."""
+    if not isinstance(scheme, Scheme):
+        return f"scheme is {scheme!r}; pass a Scheme, e.g. Scheme.gather()"
+    try:
+        scheme.team_size(ranks)
+    except ValueError as error:
+        return f"{error}"
+    return ""
+
+
 def team(rank: int, team_size: int) -> int:
     """Which team a rank is in: neighbours are a team."""
     return rank // team_size

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import sp_attention.__main__ as program
 from moe_dispatch.testing import RankPool
+from sp_attention import Scheme
 
 ROOT = Path(program.__file__).parents[1]
 NAMES = [
@@ -32,6 +33,9 @@ NAMES = [
     "cross-attention",
     "zigzag order",
     "sequence first",
+    "gathered keys, zigzag",
+    "ring keys, packed, NaN",
+    "2 x 2, window, chunks",
 ]
 
 
@@ -104,7 +108,7 @@ def table(pool: RankPool, capsys: pytest.CaptureFixture[str]) -> tuple[int, list
 def wrong_by(error: float) -> Any:
     def reference(q_BLNH: Tensor, k_BLGH: Tensor, v_BLGH: Tensor, **options: Any) -> Tensor:
         out = program_reference(q_BLNH, k_BLGH, v_BLGH, **options)
-        return out + error if options.get("window") else out
+        return out + error if options.get("window") and q_BLNH.shape[2] == 4 else out
 
     return reference
 
@@ -163,6 +167,13 @@ def test_each_case_is_what_its_name_says() -> None:
     assert [len(zigzag.runs(rank)) for rank in range(program.RANKS)] == [2, 2, 2, 1]
     assert len(set(zigzag.local_sizes)) > 1
     assert cases["sequence first"].order == "LB"
+    assert cases["gathered keys, zigzag"].scheme == Scheme.gather()
+    assert cases["gathered keys, zigzag"].heads[1] < program.RANKS
+    ring, chunks = cases["ring keys, packed, NaN"], cases["2 x 2, window, chunks"]
+    assert (ring.nan_at, ring.scheme) == (packed.nan_at, Scheme.ring())
+    assert chunks.scheme.team_size(program.RANKS) == 2
+    assert chunks.heads[0] % 2
+    assert max(chunks.seq) % chunks.scheme.chunk + min(chunks.seq) % chunks.scheme.chunk
 
 
 def test_tensors_are_the_same_in_every_process_and_of_every_case_another() -> None:

@@ -10,7 +10,7 @@ from torch.distributed.fsdp import fully_shard
 from moe_dispatch import MoE, Partition, share_of_state_dict, whole_state_dict
 from moe_dispatch.reference import ReferenceMoE
 from moe_dispatch.testing import RankThreads
-from sp_attention import Parallel, UlyssesAttention
+from sp_attention import Parallel, Scheme, UlyssesAttention
 from sp_attention.reference import ReferenceAttention, reference_attention
 from tests.support.plain import EXPERTS, Plain, blocks_of, new_model
 from tests.support.ranks import refusal
@@ -80,6 +80,9 @@ def refused(rank: int) -> list[str]:
         refusal(lambda: parallel.apply(new_model(), experts=Partition((2, 2)))),
         refusal(lambda: parallel.apply(hooked)),
         refusal(lambda: parallel.apply(sharded)),
+        refusal(lambda: parallel.apply(new_model(), scheme=Scheme.two_dimensional(head_ranks=3))),
+        refusal(lambda: parallel.apply(new_model(), scheme="ring")),  # type: ignore[arg-type]
+        refusal(lambda: parallel.apply(new_model(), scheme=Scheme.ring() if rank else Scheme.gather())),
         refusal(lambda: parallel.apply(other)),
     ]
     wrong = new_model() if rank else nn.Linear(2, 2)
@@ -97,6 +100,9 @@ def test_what_cannot_be_spread_is_refused_on_every_rank(rank_threads: RankThread
         f"blocks.0.moe has {EXPERTS} experts",
         "blocks.0.moe has hooks",
         "call apply before fully_shard",
+        "teams of 3 head ranks in a group of 2",
+        "pass a Scheme",
+        "ranks disagree",
         "ranks disagree",
         "no ReferenceMoE",
     )

@@ -10,10 +10,12 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from moe_dispatch import Partition, TokenSharding, whole_state_dict
 from moe_dispatch.testing import RankPool, RankThreads
-from sp_attention import Batch, Parallel, count_targets
+from sp_attention import Batch, Parallel, Scheme, count_targets
 from tests.support.plain import VOCABULARY, blocks_of, mean_loss, new_model
 from tests.support.ranks import world
 from tests.support.tensors import TOLERANCE, difference, grad_of
+
+ULYSSES = Scheme.ulysses()
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class Case:
     experts: tuple[int, ...] = ()
     tp: int = 1
     zigzag: bool = False
+    scheme: Scheme = ULYSSES
 
     @property
     def ranks(self) -> int:
@@ -52,6 +55,9 @@ CASES = [
     Case(dp=4, sp=1, ep=2, rows=2, lengths=(8,), kind="masked"),
     Case(dp=2, sp=2, ep=4, rows=3, lengths=(11, 0), kind="padded", zigzag=True),
     Case(dp=1, sp=3, ep=3, rows=1, lengths=(11, 0, 0), kind="packed", zigzag=True),
+    Case(dp=1, sp=3, ep=3, rows=1, lengths=(11, 0, 0), kind="packed", zigzag=True, scheme=Scheme.ring()),
+    Case(dp=2, sp=2, ep=4, rows=3, lengths=(11, 0), kind="padded", zigzag=True, scheme=Scheme.gather()),
+    Case(dp=1, sp=4, ep=4, rows=2, lengths=(4, 0, 1, 6), scheme=Scheme.two_dimensional(head_ranks=2, chunk=3)),
 ]
 
 
@@ -93,7 +99,7 @@ def of_one_process(case: Case) -> tuple[Tensor, Tensor, dict[str, Tensor], float
 def on_ranks(rank: int, case: Case) -> tuple[Tensor, Tensor, dict[str, Tensor], float]:
     parallel = Parallel(dp=case.dp, sp=case.sp, ep=case.ep, device_type="cpu")
     model = new_model()
-    parallel.apply(model, experts=Partition(case.experts) if case.experts else None)
+    parallel.apply(model, experts=Partition(case.experts) if case.experts else None, scheme=case.scheme)
     batch, _, position_BL = batch_of(case)
     if case.kind == "packed":
         batch = Batch(token_BL=batch.token_BL, cu_seqlens=batch.cu_seqlens, position_BL=position_BL)
@@ -155,7 +161,7 @@ def test_microbatches_are_one_batch(rank_threads: RankThreads) -> None:
 
 def under_fsdp2(rank: int, case: Case, policy: MixedPrecisionPolicy) -> dict[str, Tensor]:
     parallel, model = Parallel(dp=case.dp, sp=case.sp, ep=case.ep, device_type="cpu"), new_model()
-    parallel.apply(model, experts=Partition(case.experts) if case.experts else None)
+    parallel.apply(model, experts=Partition(case.experts) if case.experts else None, scheme=case.scheme)
     for block in blocks_of(model):
         parallel.fully_shard(block, mp_policy=policy)
     parallel.fully_shard(model, mp_policy=policy)
