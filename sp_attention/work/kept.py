@@ -36,15 +36,20 @@ def rank_work(sharding: TokenSharding, rank: int, asked: Asked) -> RankWork:
     if asked not in kept:
         while len(kept) >= MOST:
             del kept[next(iter(kept))]
-        kept[asked] = Work(
-            scheme=asked.scheme,
-            held=_runs(sharding),
-            kv_held=_runs(asked.kv_sharding),
-            seen=Seen(asked.spans, asked.sides),
-            heads=asked.heads,
-            at_once=asked.at_once,
-        ).of_rank(rank)
+        kept[asked] = work_of(sharding, asked).of_rank(rank)
     return kept[asked]
+
+
+def work_of(sharding: TokenSharding, asked: Asked) -> Work:
+    """The work of all ranks."""
+    return Work(
+        scheme=asked.scheme,
+        held=_runs(sharding),
+        kv_held=_runs(asked.kv_sharding),
+        seen=Seen(asked.spans, asked.sides),
+        heads=asked.heads,
+        at_once=asked.at_once,
+    )
 
 
 def _runs(sharding: TokenSharding) -> tuple[tuple[tuple[int, int], ...], ...]:

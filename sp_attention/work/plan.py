@@ -1,16 +1,16 @@
 """Who computes what, and which rows it needs of whom. Ints only, and the same on every rank: nothing is asked of
 anybody."""
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import zip_longest
+from functools import cached_property, partial
 
 from ..blocks.pieces import Piece
 from ..wire.heads import GroupedHeads
-from .runs import Rows, Runs, common, in_blocks, union, without
+from .runs import Rows, Runs, common, count, union, without
 from .scheme import Keys, Scheme, head_rank, team
 from .seen import Seen
+from .turns import Holders, Wanted
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -71,46 +71,85 @@ class Work:
         return tuple(self.seen.needed(queries) for queries in self.queries)
 
     @cached_property
-    def query_turns(self) -> tuple[tuple[Runs, ...], ...]:
+    def holders(self) -> tuple[Holders, Holders]:
+        """Of queries, and of keys."""
+        return Holders(self.held), Holders(self.kv_held)
+
+    @cached_property
+    def query_turns(self) -> tuple[Wanted, ...]:
         """For each turn, the queries that each team gets. One rank alone has its own at once.
 
         Ring keys come to all queries in turn, so those are not cut.
         """
-        if self.at_once or self.team_size == 1 or self.scheme.keys is Keys.RING:
-            return (self.queries,)
-        return _cut(self.queries, self.scheme.chunk) or (self.queries,)
+        queries = self._wanted(self.queries.__getitem__, self._itself)
+        if self.at_once or self.queries_stay or self.scheme.keys is Keys.RING:
+            return (queries,)
+        return tuple(queries.cut(self.scheme.chunk)) or (queries,)
 
     @cached_property
-    def key_turns(self) -> tuple[tuple[Runs, ...], ...]:
+    def key_turns(self) -> tuple[Wanted, ...]:
         """For each turn, the keys that each team gets. Turns in which nobody needs any are left out, but the first:
         in it one rank alone has its own."""
+        chunk, needed = self.scheme.chunk, self._wanted(self.needed.__getitem__, self._all_teams)
         if self.at_once:
-            return (self.needed,)
+            return (needed,)
         if self.team_size > 1 and self.scheme.keys is Keys.GATHER:
-            return _cut(self.needed, self.scheme.chunk) or (self.needed,)
-        pairs = tuple(zip(self.needed, self.keys_held, strict=True))
-        own = tuple(common(needed, held) for needed, held in pairs)
+            return tuple(needed.cut(chunk)) or (needed,)
+        own = self._wanted(partial(self._of_distance, 0), self._itself)
         if self.scheme.keys is Keys.RING:
-            others = [self._of_distance(distance) for distance in self.teams[1:]]
+            others = [
+                self._wanted(partial(self._of_distance, distance), partial(self._after, distance))
+                for distance in self.teams[1:]
+            ]
         else:
-            others = [tuple(without(needed, held) for needed, held in pairs)]
-        first = (own,) if self.team_size == 1 else _cut(own, self.scheme.chunk) or (own,)
-        return (*first, *(part for turn in others for part in _cut(turn, self.scheme.chunk)))
+            others = [self._wanted(self._of_others, self._all_teams)]
+        first = [own] if self.team_size == 1 else own.cut(chunk) or [own]
+        return (*first, *(part for turn in others for part in turn.cut(chunk)))
 
-    def _of_distance(self, distance: int) -> tuple[Runs, ...]:
-        """The keys that each team needs of the team so far before it."""
-        return tuple(
-            common(self.needed[team], self.keys_held[(team - distance) % len(self.teams)]) for team in self.teams
-        )
+    @property
+    def queries_stay(self) -> bool:
+        """Whether each rank has its own queries, as they are."""
+        return self.team_size == 1
+
+    def keys_stay(self, turn: int) -> bool:
+        """Whether each rank has its own keys in this turn, as they are."""
+        return self.team_size == 1 and turn == 0 and not self.at_once
+
+    def travels(self, wanted: Wanted, stays: bool) -> bool:
+        """Whether a turn is a collective: the same on every rank."""
+        return not stays and self.ranks > 1 and not wanted.is_empty
+
+    def _wanted(self, of: Callable[[int], Runs], receivers: Callable[[int], range]) -> Wanted:
+        return Wanted(self.teams, of, receivers, self._most)
+
+    @cached_property
+    def _most(self) -> int:
+        """Rows of the longest of all turns, or more."""
+        if self.scheme.keys is Keys.RING:
+            return max(map(count, (*self.keys_held, *self.queries)))
+        return max(map(count, (*self.needed, *self.queries)))
+
+    def _of_distance(self, distance: int, team: int) -> Runs:
+        """The keys that a team needs of the team so far before it."""
+        return common(self.needed[team], self.keys_held[(team - distance) % len(self.teams)])
+
+    def _of_others(self, team: int) -> Runs:
+        return without(self.needed[team], self.keys_held[team])
+
+    def _after(self, distance: int, team: int) -> range:
+        other = (team + distance) % len(self.teams)
+        return range(other, other + 1)
+
+    def _itself(self, team: int) -> range:
+        return range(team, team + 1)
+
+    def _all_teams(self, team: int) -> range:
+        return self.teams
 
     def of_rank(self, rank: int) -> "RankWork":
         """What one rank does."""
-        alone = self.team_size == 1
-        queries = [self._turn(rank, self.held, wanted, alone, within_team=True) for wanted in self.query_turns]
-        keys = [
-            self._turn(rank, self.kv_held, wanted, alone and not i and not self.at_once, within_team=False)
-            for i, wanted in enumerate(self.key_turns)
-        ]
+        queries = [self._turn(rank, 0, wanted, self.queries_stay) for wanted in self.query_turns]
+        keys = [self._turn(rank, 1, wanted, self.keys_stay(i)) for i, wanted in enumerate(self.key_turns)]
         return RankWork(
             rank=rank,
             work=self,
@@ -119,32 +158,30 @@ class Work:
             pieces=tuple(tuple(tuple(self.seen.pieces(q.rows, k.rows)) for k in keys) for q in queries),
         )
 
-    def _turn(
-        self, rank: int, held: Sequence[Runs], wanted: Sequence[Runs], is_home: bool, within_team: bool
-    ) -> "Turn":
+    def _turn(self, rank: int, side: int, wanted: Wanted, is_home: bool) -> "Turn":
         """A turn as one rank sees it.
 
         Args:
-            held: what each rank holds.
+            side: 0 for queries, 1 for keys.
             wanted: what each team gets.
             is_home: whether each rank has its own, as they are.
-            within_team: whether only the ranks of a team send to each other. They hold all that it wants.
         """
-        nothing = ((),) * self.ranks
-        if is_home:
-            return Turn(rows=Rows(held[rank]), sent=nothing, came=nothing, travels=False, is_home=True)
-
-        def sent(source: int, to: int) -> Runs:
-            if within_team and self.team(source) != self.team(to):
-                return ()
-            return units(held[source], wanted[self.team(to)])
-
+        holders, held = self.holders[side], (self.held, self.kv_held)[side]
+        came: list[Runs] = [()] * self.ranks
+        sent: list[Runs] = [()] * self.ranks
+        if not is_home:
+            for source, units in holders.of_all(wanted.of(self.team(rank))).items():
+                came[source] = tuple(units)
+            for team in wanted.receivers(self.team(rank)):
+                units = holders.units(rank, wanted.of(team))
+                for to in self.members(team):
+                    sent[to] = units
         return Turn(
-            rows=Rows(wanted[self.team(rank)]),
-            sent=tuple(sent(rank, to) for to in range(self.ranks)),
-            came=tuple(sent(source, rank) for source in range(self.ranks)),
-            travels=self.ranks > 1 and any(wanted),
-            is_home=False,
+            rows=Rows(held[rank] if is_home else wanted.of(self.team(rank))),
+            sent=tuple(sent),
+            came=tuple(came),
+            travels=self.travels(wanted, is_home),
+            is_home=is_home,
         )
 
     def query_heads(self, rank: int) -> tuple[int, int]:
@@ -164,7 +201,7 @@ class Turn:
 
     Attributes:
         rows: those that this rank has then.
-        sent: of what this rank holds, the runs that each rank gets; see :func:`units`.
+        sent: of what this rank holds, the runs that each rank gets; see :meth:`Holders.units`.
         came: of what each rank holds, the runs that this rank gets.
         travels: whether some rank sends something to another; the same on every rank.
         is_home: whether the rows are those of this rank's own tensor, as it is.
@@ -196,15 +233,3 @@ class RankWork:
     @property
     def head_rank(self) -> int:
         return self.work.head_rank(self.rank)
-
-
-def units(held: Runs, wanted: Runs) -> Runs:
-    """What is wanted of what a rank holds, in runs that are contiguous in its tensor and wherever they arrive: cut at
-    its own runs, which the receiver may have side by side in another order. Ascending."""
-    return common(sorted(run for run in held if run[0] < run[1]), wanted)
-
-
-def _cut(wanted: Sequence[Runs], most: int) -> tuple[tuple[Runs, ...], ...]:
-    """Of each team at most so many rows in a turn. No turns where nobody wants any."""
-    blocks = [in_blocks(runs, most) for runs in wanted]
-    return tuple(tuple(turn) for turn in zip_longest(*blocks, fillvalue=()))
