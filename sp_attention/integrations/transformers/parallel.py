@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from moe_dispatch import Partition
+from moe_dispatch import Partition, TokenSharding
 from moe_dispatch.integrations.transformers import apply_expert_parallel
 
 from ...batch.loss import MeanLoss
@@ -38,9 +38,11 @@ class Parallel(OnMesh):
         apply_sequence_parallel(model, self.mesh)
         apply_expert_parallel(model, self.mesh, experts=experts)
 
-    def shard(self, *, lengths: Sequence[int] | None = None, **batch: Tensor) -> Step:
+    def shard(
+        self, *, lengths: Sequence[int] | None = None, sharding: TokenSharding | None = None, **batch: Tensor
+    ) -> Step:
         """:func:`shard_batch`."""
-        return shard_batch(batch, self.mesh, lengths=lengths)
+        return shard_batch(batch, self.mesh, lengths=lengths, sharding=sharding)
 
     def loss(self, model: nn.Module, out: Any, step: Step, *, num_targets: int | Tensor | None = None) -> MeanLoss:
         """:func:`causal_lm_loss`."""

@@ -66,7 +66,13 @@ class Step:
         return F.pad(x_Bl, (0, self.fed_shape[1] - length, 0, self.fed_shape[0] - rows), value=dummy)
 
 
-def shard_batch(batch: Mapping[str, Tensor], mesh: ParallelMesh, *, lengths: Sequence[int] | None = None) -> Step:
+def shard_batch(
+    batch: Mapping[str, Tensor],
+    mesh: ParallelMesh,
+    *,
+    lengths: Sequence[int] | None = None,
+    sharding: TokenSharding | None = None,
+) -> Step:
     """Cut a batch: rows over "dp", the sequence over "sp". Every rank of the mesh has the whole batch.
 
     One exchange of 8 bytes per pair of ranks makes sure that all ranks cut the same batch in the same way.
@@ -78,23 +84,26 @@ def shard_batch(batch: Mapping[str, Tensor], mesh: ParallelMesh, *, lengths: Seq
             to L - 1 if left out. Where they start anew within a row and there is no mask, documents are packed, as
             in Transformers: each attends to itself, in models that look for it.
         lengths: of the sequence on each "sp" rank, any numbers that add up to L, 0 too. Balanced if left out.
+        sharding: in place of lengths: of whole rows over the ranks of "sp", in any order of tokens, e.g. what
+            :func:`sp_attention.balance` gives, or ``TokenSharding.zigzag``. Labels, positions, padding and documents
+            are those of the sequence itself.
 
     Raises:
-        GroupError: on every rank: tensors of other shapes, unknown names, lengths that do not add up, a mesh with
-            tensor parallelism, or ranks with other batches.
+        GroupError: on every rank: tensors of other shapes, unknown names, lengths that do not add up, a sharding of
+            another batch or number of ranks, a mesh with tensor parallelism, or ranks with other batches.
     """
     return agreed_by_ranks(
-        lambda: _facts_and_step(batch, mesh, lengths), torch.device(mesh.dense.device_type), everyone()
+        lambda: _facts_and_step(batch, mesh, lengths, sharding), torch.device(mesh.dense.device_type), everyone()
     )
 
 
 def _facts_and_step(
-    batch: Mapping[str, Tensor], mesh: ParallelMesh, lengths: Sequence[int] | None
+    batch: Mapping[str, Tensor], mesh: ParallelMesh, lengths: Sequence[int] | None, sharding: TokenSharding | None
 ) -> tuple[str, Step]:
     if problem := _problem(batch, mesh):
         raise ValueError(problem)
     whole = _whole(batch)
-    facts, part = facts_and_part(whole, mesh, lengths, None)
+    facts, part = facts_and_part(whole, mesh, lengths, sharding)
     fed_rows, fed_length = (max(size, 1) for size in part.batch.token_Bl.shape)
     unfed = Step(
         target_Bl=part.batch.fields["target"],

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_dispatch import whole_state_dict
+from moe_dispatch import TokenSharding, whole_state_dict
 from sp_attention.integrations.transformers import Parallel
 
 from .models import new_model
@@ -18,10 +18,13 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Layout:
+    """The sequence in ``lengths``, or in the order of tokens of ``sharding``, over "sp"."""
+
     dp: int
     sp: int
     ep: int
-    lengths: tuple[int, ...]
+    lengths: tuple[int, ...] | None
+    sharding: TokenSharding | None = None
 
     @property
     def ranks(self) -> int:
@@ -37,7 +40,7 @@ class Run:
     gradients: dict[str, Tensor] = field(default_factory=dict)
 
 
-def batch_of(kind: str, rows: int = 2, length: int = 33) -> dict[str, Tensor]:
+def batch_of(kind: str, rows: int = 2, length: int = 33) -> dict[str, Any]:
     """Plain, left-padded, right-padded or packed, with all labels that Transformers can tell."""
     ids = torch.randint(0, 64, (rows, length), generator=torch.Generator().manual_seed(3))
     labels = ids.clone()
@@ -83,7 +86,7 @@ def over_ranks(name: str, dtype: torch.dtype, batch: dict[str, Tensor], layout: 
     parallel.apply(model)
     if change is not None:
         change(model)
-    step = parallel.shard(**batch, lengths=layout.lengths)
+    step = parallel.shard(**batch, lengths=layout.lengths, sharding=layout.sharding)
     out = model(**step.inputs)
     loss = parallel.loss(model, out, step)
     loss.share.backward()

@@ -79,7 +79,7 @@ def replayed(
     parallel = Parallel(dp=layout.dp, sp=layout.sp, ep=layout.ep, device_type="cpu")
     model = model_of(name, dtype, moved, recompute)
     parallel.apply(model)
-    steps = [parallel.shard(**batch, lengths=layout.lengths) for batch in batches]
+    steps = [parallel.shard(**batch, lengths=layout.lengths, sharding=layout.sharding) for batch in batches]
     with ExitStack() as context, record_routing(model) as again:
         context.enter_context(replay_routing(model, record))
         outs = [model(**step.inputs) for step in steps]
@@ -99,7 +99,7 @@ def recorded(name: str, dtype: torch.dtype, layout: Layout, batches: list[Batch]
     parallel.apply(model)
     with record_routing(model) as record:
         for batch in batches:
-            model(**parallel.shard(**batch, lengths=layout.lengths).inputs)
+            model(**parallel.shard(**batch, lengths=layout.lengths, sharding=layout.sharding).inputs)
     return record.gather(world())
 
 

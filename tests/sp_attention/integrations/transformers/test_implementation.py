@@ -31,7 +31,7 @@ DTYPE = torch.float64
 LENGTHS = (17, 1, 15, 0)
 
 
-def with_a_step(model: Any, parallel: Parallel, batch: dict[str, Tensor], lengths: tuple[int, ...]) -> Run:
+def with_a_step(model: Any, parallel: Parallel, batch: dict[str, Any], lengths: tuple[int, ...] | None) -> Run:
     step = parallel.shard(**batch, lengths=lengths)
     out = model(**step.inputs)
     loss = parallel.loss(model, out, step)

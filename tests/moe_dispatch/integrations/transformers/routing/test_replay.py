@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_dispatch import RoutingRecord
+from moe_dispatch import RoutingRecord, TokenSharding
 from moe_dispatch.integrations.transformers import record_routing, replay_routing
 from moe_dispatch.testing import RankThreads
 from sp_attention.integrations.transformers import Parallel
@@ -20,7 +20,8 @@ from tests.support.transformers.strict import strict_float64
 pytestmark = pytest.mark.usefixtures("uncovered")
 
 DTYPE, TOLERANCE = torch.float64, 1e-12
-LAYOUTS = (Layout(1, 4, 4, (20, 0, 13, 0)), Layout(2, 2, 4, (21, 12)))
+ZIGZAG = TokenSharding.zigzag(batch=2, length=33, ranks=2)
+LAYOUTS = (Layout(1, 4, 4, (20, 0, 13, 0)), Layout(2, 2, 4, None, ZIGZAG))
 
 
 def assert_equal(run: Run, reference: Run, real_BL: Tensor | None = None) -> None:
