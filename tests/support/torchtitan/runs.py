@@ -40,6 +40,7 @@ class Case:
     Attributes:
         lengths: of each rank, of ``batch`` sequences.
         is_known: whether the dispatcher is given the grid.
+        is_zigzag: whether the lengths are those of a zigzag order of the sequence.
     """
 
     batch: int
@@ -47,9 +48,12 @@ class Case:
     ep: int
     dtype: torch.dtype
     is_known: bool = True
+    is_zigzag: bool = False
 
     @property
     def whole(self) -> TokenSharding:
+        if self.is_zigzag:
+            return TokenSharding.zigzag(batch=self.batch, length=sum(self.lengths), ranks=len(self.lengths))
         return TokenSharding(batch=self.batch, seq=Partition(self.lengths))
 
     def grid(self) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,6 @@ from spmd_types.checker import typecheck
 from torch import nn
 from torchtitan.config import apply_overrides
 from torchtitan.config.override import OverrideConfig
-from torchtitan.distributed import parallel_dims
 from torchtitan.models.common.token_dispatcher import (
     AllToAllTokenDispatcher,
     BaseEPTokenDispatcher,
@@ -19,7 +18,7 @@ from torchtitan.models.common.token_dispatcher import (
 )
 
 from moe_dispatch import Partition, TokenSharding
-from moe_dispatch.integrations.torchtitan import MoEDispatchTokenDispatcher, even_sharding, interface, known_tokens
+from moe_dispatch.integrations.torchtitan import MoEDispatchTokenDispatcher, interface, known_tokens
 from moe_dispatch.testing import RankThreads
 from tests.support.ranks import refusal
 from tests.support.torchtitan.block import CHOICES, EXPERTS, Routed, RoutedOnly, config_of, new_block
@@ -60,11 +59,11 @@ def by_given_choices(rank: int, case: Case) -> Run:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("lengths", SPLITS)
+@pytest.mark.parametrize(("lengths", "is_zigzag"), [*((lengths, False) for lengths in SPLITS), (SPLITS[0], True)])
 def test_gradients_of_experts_have_the_bits_of_one_process(
-    rank_threads: RankThreads, lengths: tuple[int, ...], dtype: torch.dtype
+    rank_threads: RankThreads, lengths: tuple[int, ...], is_zigzag: bool, dtype: torch.dtype
 ) -> None:
-    case = Case(3, lengths, 4, dtype)
+    case = Case(3, lengths, 4, dtype, is_zigzag=is_zigzag)
     routed = Routed.drawn(case.batch, sum(lengths))
     with without_casts(dtype):
         found = together(rank_threads.run(by_given_choices, 4, case), case)
@@ -194,47 +193,6 @@ def test_the_override_puts_it_into_every_layer_with_the_standard_dispatcher() ->
     built = config.build().token_dispatcher
     assert isinstance(built, MoEDispatchTokenDispatcher)
     assert (built.num_experts, built.top_k) == (EXPERTS, CHOICES)
-
-
-def grids(rank: int, sizes: dict[str, int]) -> tuple[str, list[list[int]]]:
-    ones: dict[str, Any] = dict.fromkeys(("dp_replicate", "cp", "tp", "pp"), 1)
-    dims = parallel_dims.ParallelDims(**{**ones, **sizes}, world_size=4)
-    dims.build_mesh()
-    if dims.ep == 1:
-        return refusal(lambda: even_sharding(dims, batch=1, length=4)), []
-    sharding = even_sharding(dims, batch=2, length=4)
-    return "", [sharding.tokens(rank).tolist() for rank in range(sharding.num_ranks)]
-
-
-@pytest.mark.parametrize(
-    ("sizes", "first", "last"),
-    [
-        # a row is 4 places of the grid; two rows per data-parallel rank
-        ({"dp_shard": 2, "cp": 2, "ep": 2}, [[0, 1, 4, 5], [2, 3, 6, 7]], [[8, 9, 12, 13], [10, 11, 14, 15]]),
-        ({"dp_shard": 2, "tp": 2, "ep": 2}, [[0, 1, 4, 5], [2, 3, 6, 7]], [[8, 9, 12, 13], [10, 11, 14, 15]]),
-        ({"dp_shard": 1, "cp": 2, "tp": 2, "ep": 4}, [[0, 4], [1, 5], [2, 6], [3, 7]], None),
-        ({"dp_shard": 2, "dp_replicate": 2, "ep": 2}, [[*range(8)], [*range(8, 16)]], None),
-    ],
-)
-def test_the_grid_is_as_torchtitan_cuts_it(
-    rank_threads: RankThreads,
-    monkeypatch: pytest.MonkeyPatch,
-    sizes: dict[str, int],
-    first: list[list[int]],
-    last: list[list[int]] | None,
-) -> None:
-    monkeypatch.setattr(parallel_dims, "device_type", "cpu")
-    found = rank_threads.run(grids, 4, sizes)
-    assert found[0] == ("", first)
-    assert found[3] == ("", last or first)
-
-
-def test_without_expert_parallelism_there_is_no_grid(
-    rank_threads: RankThreads, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(parallel_dims, "device_type", "cpu")
-    told, _ = rank_threads.run(grids, 4, {"dp_shard": 4, "ep": 1})[0]
-    assert told == "ep is 1, so no rows travel and no sharding is needed; leave known_tokens out"
 
 
 def older_dispatch(self: object, x: object, scores: object, ids: object) -> None: ...
