@@ -52,7 +52,7 @@ class MySubject:
         return Outcome(logits_BlV=logits_BLV, loss=loss, tokens=TokenSharding(batch=layout.batch, seq=layout.seq))
 
     def step_share(self, model, token_BL, layout, mesh):
-        part = Parallel.on(mesh).shard(Batch(token_BL=token_BL))
+        part = Parallel.on(mesh).shard(Batch(token_BL=token_BL), sharding=layout.sharding)
         logits_BlV = model(part.batch.token_Bl, part.batch.position_Bl, part.attention, part.moe)
         loss = Parallel.on(mesh).loss(logits_BlV, part).share
         loss.backward()

@@ -8,7 +8,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from .layout import Layout
+from .layout import CONTIGUOUS, Layout
 from .results import Difference, OnMesh, Reference, Training
 
 MOST_NAMED = 3  # parameters in a sentence
@@ -17,6 +17,7 @@ OTHERWISE_COUNTED = (
     "logits agree and the loss does not: it counts targets, their mean or an auxiliary loss otherwise, e.g. labels "
     "shifted inside of a shard, a mean of each rank, or a balance loss of each shard"
 )
+ORDER_LOST = ", as far as the order of tokens is that of contiguous shards: it is taken for theirs, e.g. in positions"
 MEANINGS = ("dp", "sp", "tp", "ep", "ranks")
 
 
@@ -97,7 +98,9 @@ def _of_logits(found: OnMesh, wanted: Training, limit: float, layout: Layout) ->
     elif not agrees_BL.any():
         yield "logits differ at every token"
     elif places_L[0]:
-        yield f"logits agree at the first {int(places_L.int().cumprod(0).sum())} places of each row"
+        first = int(places_L.int().cumprod(0).sum())
+        is_lost = layout.order != CONTIGUOUS and first == layout.places_in_order
+        yield f"logits agree at the first {first} places of each row{ORDER_LOST if is_lost else ''}"
     else:
         yield f"logits agree at {int(agrees_BL.sum())} of {agrees_BL.numel()} tokens"
 

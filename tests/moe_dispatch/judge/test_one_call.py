@@ -1,6 +1,7 @@
 """A model of anybody's against itself in one process, and what is said of the mistakes that people make."""
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -34,6 +35,8 @@ def on_ranks(
         (LAYOUT, torch.float32, "LB"),
         (Layout(sp=4, ep=4, batch=2, seq=3), torch.float64, "LB"),  # a rank without tokens
         (Layout(dp=4, ep=2, batch=2, seq=5), torch.float64, "BL"),  # two ranks without rows
+        (replace(LAYOUT, order="zigzag"), torch.float64, "BL"),
+        (replace(LAYOUT, order="striped", stripe=2), torch.float64, "LB"),
     ],
     ids=str,
 )
@@ -114,6 +117,15 @@ def test_a_mistake_is_told_in_words(
     lines = str(found).splitlines()
     assert lines[-len(found.words) :] == list(found.words)
     assert re.fullmatch(r"logits: off by \S+ \(\w+: 1e-12\), most at row \d, position \d", lines[0])
+
+
+def test_an_order_that_is_taken_for_contiguous_shards_is_told(rank_pool: RankPool) -> None:
+    mistake = "positions of contiguous shards"
+    assert on_ranks(rank_pool, Small(mistake)).agrees
+    assert on_ranks(rank_pool, Small(mistake), replace(LAYOUT, order="zigzag")).words == (
+        "logits agree at the first 2 places of each row, as far as the order of tokens is that of contiguous shards: "
+        "it is taken for theirs, e.g. in positions",
+    )
 
 
 class WithoutShare:

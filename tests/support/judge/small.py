@@ -78,16 +78,17 @@ class Small:
         return Outcome(logits_BlV=logits_BLV, loss=loss, tokens=TokenSharding(batch=layout.batch, seq=layout.seq))
 
     def step_share(self, model: nn.Module, token_BL: Tensor, layout: Layout, mesh: ParallelMesh) -> Outcome:
-        rows, places = Partition.balanced(layout.batch, layout.dp), Partition.balanced(layout.seq, layout.sp)
+        rows, whole_rows = Partition.balanced(layout.batch, layout.dp), layout.sharding
         token_bL = token_BL.split(rows.sizes)[mesh.dense["dp"].get_local_rank()]
         sp = mesh.dense.get_group("sp")
-        batch = shard_batch(
-            Batch(token_BL=token_bL), sharding=TokenSharding(batch=len(token_bL), seq=places), group=sp
-        )
-        tokens = TokenSharding(batch=rows, seq=places)
+        batch = shard_batch(Batch(token_BL=token_bL), sharding=whole_rows.with_batch(len(token_bL)), group=sp)
+        tokens = whole_rows.with_batch(rows)
         position_bl = batch.position_Bl
         if self.mistake == "positions from zero" and position_bl.numel():
             position_bl = position_bl - position_bl.min()
+        if self.mistake == "positions of contiguous shards":
+            lengths = whole_rows.places.lengths
+            position_bl = torch.arange(layout.seq).split(lengths.sizes)[sp.rank()].expand(position_bl.shape)
         attend = partial(ulysses_attention, group=sp, **batch.attention)
         logits_blV = model(batch.token_Bl, position_bl, attend, sharding=tokens.select(mesh.ep_ranks))
         loss = mean_cross_entropy(logits_blV, batch.target_Bl, group=world())
@@ -95,7 +96,10 @@ class Small:
         share.backward()
         self._sum(model, mesh)
         if self.order == "LB":
-            logits_blV, tokens = logits_blV.transpose(0, 1), TokenSharding(batch=rows, seq=places, order="LB")
+            logits_blV, tokens = (
+                logits_blV.transpose(0, 1),
+                TokenSharding(batch=rows, seq=tokens.seq, order="LB", held=tokens.held),
+            )
         return Outcome(logits_BlV=logits_blV, loss=share, tokens=tokens)
 
     def _sum(self, model: nn.Module, mesh: ParallelMesh) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import accumulate
 from typing import Any
 
+from ....judge.layout import CONTIGUOUS, STRIPED
 from .tables import (
     DebugRowConfig,
     HfConfig,
@@ -34,7 +35,7 @@ def _of_matrix(config: MatrixConfig, of_subject: Callable[[Any], Iterable[str]])
     yield from _of_dtypes(config)
     names = Counter(row.name for row in config.rows)
     for index, row in enumerate(config.rows):
-        of_row = [*_of_row(row, config), *of_subject(row), *_of_documents(row.documents)]
+        of_row = [*_of_row(row, config), *_of_order(row), *of_subject(row), *_of_documents(row.documents)]
         if names[row.name] > 1:
             of_row.append(f"name is used {names[row.name]} times; give each row its own name")
         for problem in of_row:
@@ -97,6 +98,14 @@ def _of_row(row: RowConfig, config: MatrixConfig) -> Iterator[str]:
         yield f"ep is {row.ep}; it has to divide dp * sp * tp = {ranks}: set ep to {' or '.join(works)}"
 
 
+def _of_order(row: RowConfig) -> Iterator[str]:
+    if row.stripe > 1 and row.order != STRIPED:
+        yield (
+            f'stripe is {row.stripe} in the order "{row.order}", which has no stripes; leave it out, or set '
+            f'order = "{STRIPED}"'
+        )
+
+
 def _of_debug_row(row: DebugRowConfig, config: ValidateConfig) -> Iterator[str]:
     ranks, experts = row.layout.ranks, config.model.experts
     if ranks == config.ranks and ranks % row.ep == 0 and row.ep > experts:
@@ -129,6 +138,8 @@ def _of_subject_row(row: SubjectRowConfig) -> Iterator[str]:
             f"lengths is {list(row.lengths)}; it has a length of at least 0 for each of sp = {row.sp} ranks, which "
             f"add up to seq = {row.seq}: e.g. leave it out, or lengths = {[row.seq, *[0] * (row.sp - 1)]}"
         )
+    if row.lengths and row.order != CONTIGUOUS:
+        yield f'order is "{row.order}" beside lengths, and has lengths of its own: leave out one of them'
     if row.left_padding and (
         len(row.left_padding) != row.batch or not all(0 <= pads < row.seq for pads in row.left_padding)
     ):

@@ -6,7 +6,7 @@ from typing import Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from ....judge.layout import Layout
+from ....judge.layout import CONTIGUOUS, Layout
 from ....plan.ids.format import MOST_EXPERTS
 from ...desk.config_file import STRICT
 
@@ -71,7 +71,8 @@ class RowConfig:
     """One row of the matrix: dp x sp x tp ranks, groups of ``ep`` of them share the experts; B, L global.
 
     ``documents``, each [real tokens, places], are packed end to end, row after row; without them each row is one. A
-    query sees ``window`` keys back, all of them for -1.
+    query sees ``window`` keys back, all of them for -1. ``order`` is that of tokens over "sp"; ``stripe`` the places
+    of a piece where that is "striped".
     """
 
     name: str = Field(min_length=1, examples=['"FSDP2 + TP2"'])
@@ -85,6 +86,8 @@ class RowConfig:
         default=(), description="a list of [tokens, places]", examples=["[[40, 48], [50, 50]]"]
     )
     window: int = Field(default=-1, ge=-1, le=MOST_WIDTH, examples=[-1])
+    order: Literal["contiguous", "zigzag", "striped"] = Field(default=CONTIGUOUS, examples=['"zigzag"'])
+    stripe: int = Field(default=1, ge=1, le=MOST_WIDTH, examples=[8])
 
     @property
     def layout(self) -> Layout:
@@ -97,6 +100,8 @@ class RowConfig:
             seq=self.seq,
             documents=self.documents,
             window=self.window,
+            order=self.order,
+            stripe=self.stripe,
         )
 
     def special(self) -> list[str]:

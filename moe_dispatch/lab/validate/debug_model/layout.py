@@ -1,11 +1,11 @@
 """Which tokens this rank works on in each part of the model, and how they get there.
 
 The residual stream, the norms, the projections to the latents, the router and the experts work on *my tokens*: a
-rectangle of rows (over "dp") and positions (over "sp", then "tp"). A tensor-parallel region, with its heads or
-hidden units split over "tp", works on the *region*: the positions of my sequence rank, the same tokens on every
-rank of "tp". Attention needs whole sequences: it trades the region's tokens for heads over "sp". Letters: b rows of
-this data rank, l positions of this rank, m positions of its region, u = b * m tokens of the region in one dimension
-(DTensor's linear refuses an empty b beside m).
+rectangle of rows (over "dp") and positions (over "sp" in any order of tokens, then "tp"). A tensor-parallel region,
+with its heads or hidden units split over "tp", works on the *region*: the positions of my sequence rank, the same
+tokens on every rank of "tp". Attention needs whole sequences: it trades the region's tokens for heads over "sp".
+Letters: b rows of this data rank, l positions of this rank, m positions of its region, u = b * m tokens of the region
+in one dimension (DTensor's linear refuses an empty b beside m).
 """
 
 from dataclasses import dataclass
@@ -140,22 +140,23 @@ class OnMesh:
     dense: DeviceMesh
 
     @classmethod
-    def of(cls, mesh: ParallelMesh, *, batch: int, seq: int, packing: Packing) -> "OnMesh":
-        """Rows balanced over "dp" and positions over "sp" x "tp": uneven, and empty where there are too few."""
+    def of(cls, mesh: ParallelMesh, *, whole_rows: TokenSharding, packing: Packing) -> "OnMesh":
+        """Rows balanced over "dp"; the places of ``whole_rows`` over "sp", and those of each rank balanced over "tp":
+        uneven, and empty where there are too few."""
         device = mesh.dense.device_type
         dp, sp, tp = (mesh.dense[name] for name in ("dp", "sp", "tp"))
-        rows = Partition.balanced(batch, dp.size())
-        places = Partition.balanced(seq, sp.size() * tp.size())
-        pieces = [places.sizes[i : i + tp.size()] for i in range(0, len(places), tp.size())]
-        tokens = TokenSharding(batch=rows, seq=places)
+        rows = Partition.balanced(whole_rows.batch.total, dp.size())
+        places = whole_rows.cut(tp.size())
+        tokens = places.with_batch(rows)
         mine = rows.sizes[dp.get_local_rank()]
+        _, length = whole_rows.extent(sp.get_local_rank())
         return cls(
             tokens=tokens,
             rank=dist.get_rank(),
-            row_tokens=TokenSharding(batch=mine, seq=places),
+            row_tokens=places.with_batch(mine),
             row=mesh.dense["sp", "tp"]._flatten("row"),
-            regions=TokenSharding(batch=mine, seq=Partition(map(sum, pieces))),
-            region=TokenSharding(batch=mine, seq=Partition(pieces[sp.get_local_rank()])),
+            regions=whole_rows.with_batch(mine),
+            region=TokenSharding(batch=mine, seq=Partition.balanced(length, tp.size())),
             ep_tokens=tokens.select(mesh.ep_ranks),
             packing=packing.to(device),
             dense=mesh.dense,

@@ -66,7 +66,7 @@ class DebugSubject:
         for module in model.modules():
             if isinstance(module, MoE):
                 module.update_bias(self.config.bias_rate, everyone())
-        places = OnMesh.of(mesh, batch=layout.batch, seq=layout.seq, packing=packing_of(layout))
+        places = OnMesh.of(mesh, whole_rows=layout.sharding, packing=packing_of(layout))
         batch = places.my_batch(token_BL)
         logits_blV, scores = model(batch.token_Bl, places)
         # Each rank has a share of both losses, that of its own tokens.

@@ -58,6 +58,15 @@ def positions_from_zero(right: Right) -> Wrong:
     return positions
 
 
+def positions_of_contiguous_shards(_right: Right) -> Wrong:
+    def positions(sharding: TokenSharding, rank: int, device: torch.device | str = "cpu") -> Tensor:
+        (_, start), (rows, length) = sharding.first(rank), sharding.extent(rank)
+        position_l = torch.arange(start, start + length, device=device)
+        return position_l.repeat(rows) if sharding.order == "BL" else position_l.repeat_interleave(rows)
+
+    return positions
+
+
 def stale_plan(right: Right) -> Wrong:
     first_plans: dict[int, Plan] = {}
 

@@ -35,6 +35,10 @@ def _windowed(row: Row) -> bool:
     return row.layout.sp > 1 and 0 <= row.layout.window < row.layout.seq
 
 
+def _in_another_order(row: Row) -> bool:
+    return row.layout.places_in_order < row.layout.seq
+
+
 def _padded(row: Row) -> bool:
     return any(tokens < places for tokens, places in row.layout.documents)
 
@@ -98,6 +102,8 @@ _TABLE = (
      "torch.distributed.fsdp:FSDPModule.set_gradient_divide_factor", bugs.gradients_averaged, _anywhere),
     ("positions-from-zero", "rotary positions start at 0 in each shard",
      "moe_dispatch.layout.sharding:TokenSharding.positions", bugs.positions_from_zero, _cut),
+    ("contiguous-positions", "zigzag or striped positions taken for those of contiguous shards",
+     "moe_dispatch.layout.sharding:TokenSharding.positions", bugs.positions_of_contiguous_shards, _in_another_order),
     ("stale-plan", "each MoE layer keeps the plan of its first step",
      "moe_dispatch.layer.moe:MoE._plan", bugs.stale_plan, _anywhere),
     ("weights-without-gradient", "routing weights cut off from the router",

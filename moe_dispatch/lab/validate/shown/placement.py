@@ -44,7 +44,8 @@ def _draw_tokens(axes: Axes, row: RowResult) -> None:
     for rank in range(ranks):
         place_N2 = np.argwhere(rank_BL == rank)
         if len(place_N2):
-            (top, left), (bottom, right) = place_N2.min(axis=0), place_N2.max(axis=0)
+            top, bottom = place_N2[:, 0].min(), place_N2[:, 0].max()
+            left, right = labelled(place_N2[place_N2[:, 0] == top, 1], rank, ranks)
             label = f"rank {rank}\n{len(place_N2)} token{'' if len(place_N2) == 1 else 's'}"
             box = {"boxstyle": "round,pad=0.4", "facecolor": "white", "edgecolor": "none"}
             axes.text((left + right) / 2, (top + bottom) / 2, label, ha="center", va="center", color=INK, bbox=box)
@@ -59,6 +60,15 @@ def _draw_tokens(axes: Axes, row: RowResult) -> None:
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.spines[:].set_visible(False)
+
+
+def labelled(place_N: np.ndarray, rank: int, ranks: int) -> tuple[int, int]:
+    """The first and last place of the run of a row that has the label: one of the longest. In an order of tokens
+    ranks have several; later ones for later ranks, so that labels do not lie on each other."""
+    runs = np.split(place_N, np.flatnonzero(np.diff(place_N) > 1) + 1)
+    longest = [run for run in runs if len(run) == max(map(len, runs))]
+    run = longest[rank * len(longest) // ranks]
+    return int(run[0]), int(run[-1])
 
 
 def _draw_traffic(axes: Axes, row: RowResult) -> None:

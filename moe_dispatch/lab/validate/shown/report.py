@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from ....judge.layout import CONTIGUOUS, STRIPED, Layout
 from ....judge.results import QUANTITIES
 from ...desk.console import print_lines, print_verdict
 from ...desk.output import write_json
@@ -85,8 +86,7 @@ def print_rows(console: Console, config: MatrixConfig, rows: Sequence[Row], *, n
     table = FittingTable("row", MESH, "B x L", "data", first_to_go=("data", "B x L", MESH))
     for row in rows:
         layout = row.layout
-        lengths = f"lengths {', '.join(map(str, layout.lengths))}" if layout.lengths else ""
-        data = ", ".join(filter(None, (row.special, lengths)))
+        data = ", ".join(filter(None, (row.special, _spread(layout))))
         table.add_row(Text(row.name), _mesh(layout.mesh), f"{layout.batch} x {layout.seq}", data)
     table.print(console)
     runs = f"{len(rows)} row{'' if len(rows) == 1 else 's'} in {' and '.join(config.dtypes)}"
@@ -138,6 +138,15 @@ def _cells(row: RowResult) -> Iterator[str | Text]:
         yield Text(value) if difference.agrees else Text(f"{value} !", "bold red")
     yield _verdict(row)
     yield f"{row.seconds:.1f}"
+
+
+def _spread(layout: Layout) -> str:
+    """How the sequence lies over "sp", in words; empty where it is balanced."""
+    if layout.order == STRIPED:
+        return f"stripes of {layout.stripe}"
+    if layout.order != CONTIGUOUS:
+        return layout.order
+    return f"lengths {', '.join(map(str, layout.lengths))}" if layout.lengths else ""
 
 
 def _mesh(mesh: str) -> str:

@@ -75,7 +75,7 @@ class TransformersSubject:
 
     def step_share(self, model: Any, token_BL: Tensor, layout: Layout, mesh: ParallelMesh) -> Outcome:
         """The ten lines of a user."""
-        step = shard_batch(batch_of(token_BL, layout), mesh, lengths=layout.lengths or None)
+        step = shard_batch(batch_of(token_BL, layout), mesh, sharding=layout.sharding)
         with strict_where_float64(model):
             out = model(**step.inputs)
             loss = causal_lm_loss(model, out, step)

@@ -51,8 +51,8 @@ def test_rows_agree_by_this_library_and_by_transformers_own_all_to_all(rank_pool
 
 
 def test_a_mutant_is_caught(rank_pool: RankPool) -> None:
-    rows = rows_of("mixtral", "SP4 + EP4, plain")
-    names = ("labels-shifted-in-shard", "kv-heads-rolled", "weights-twice")
+    rows = rows_of("mixtral", "SP4 + EP4, zigzag, left-padded")
+    names = ("labels-shifted-in-shard", "kv-heads-rolled", "contiguous-positions", "weights-twice")
     found = run_mutants(
         MATRIX,
         rows,
@@ -62,7 +62,7 @@ def test_a_mutant_is_caught(rank_pool: RankPool) -> None:
         watcher=QuietWatcher(),
     )
     # The last is of our own experts, which the model does not have.
-    assert found.verdict == "2 of 2 mutants caught; 1 could show in none of the rows; 1 of 1 control agrees"
+    assert found.verdict == "3 of 3 mutants caught; 1 could show in none of the rows; 1 of 1 control agrees"
 
 
 @pytest.mark.sweep
@@ -82,7 +82,7 @@ def test_every_type_agrees_or_is_refused_as_the_page_says(rank_pool: RankPool) -
 @pytest.mark.sweep
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_whole_matrix(rank_pool: RankPool, name: str) -> None:
-    assert run(rank_pool, rows_of(name)).verdict == "32 of 32 rows agree"
+    assert run(rank_pool, rows_of(name)).verdict == "36 of 36 rows agree"
 
 
 def test_the_command_judges_it_in_its_own_matrix(
@@ -95,7 +95,7 @@ def test_the_command_judges_it_in_its_own_matrix(
     assert left_out == (
         "SP4 + EP4, packed, AllToAllEP is left out: 1 experts of hunyuan_v1_moe are not even over ep = 4"
     )
-    assert verdict == "15 of 15 rows agree"
+    assert verdict == "17 of 17 rows agree"
     document = json.loads(path.read_text())
     assert document["subject"].startswith("hunyuan_v1_moe of Transformers 5.")
     assert document["notes"] == [model, left_out]
@@ -106,7 +106,9 @@ def test_rows_are_listed_with_lengths_and_padding(script: Script, capsys: pytest
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert "SP4 + EP4, left-padded 1 4 1 4 2 x 33 left padding 0, 9, lengths 17, 1, 10, 5" in lines
     assert "DP4 + EP4, packed 4 1 1 4 2 x 33 4 documents, lengths 33" in lines
-    assert lines[-1] == "16 rows in float32 and float64, each on 4 ranks"
+    assert "SP4 + EP4, zigzag, left-padded 1 4 1 4 2 x 33 left padding 0, 9, zigzag" in lines
+    assert "DP2 x SP2 + EP4, striped, packed 2 2 1 4 2 x 33 4 documents, stripes of 5" in lines
+    assert lines[-1] == "18 rows in float32 and float64, each on 4 ranks"
     assert script.launches == set()
 
 
@@ -167,6 +169,12 @@ PADS, DP4 = "left_padding = [0, 9]", 'name = "DP4 + EP4, plain"\ndp = 4'
         ("[12, 12], [21, 21]", "[13, 13], [19, 21]", "take [13, 21, 19, 14] places of batch = 2 rows of seq = 33;"),
         ("[14, 14]]", "[14, 14], [1, 1]]", "take 67 places; there are batch * seq = 66"),
         ("[12, 12], [21, 21]", "[12, 12], [20, 21]", "Transformers packs without padding: tokens = places"),
+        (
+            PADS,
+            f'{PADS}\norder = "zigzag"',
+            'order (row "SP4 + EP4, left-padded") is "zigzag" beside lengths, and has',
+        ),
+        (PADS, f'{PADS}\norder = "zigzig"', "zigzig"),
         (PADS, f"{PADS}\nwindow = 4", "is 4; the model has its own windows: leave it out"),
         (PADS, f"{PADS}\ndocuments = [[33, 33], [33, 33]]", "leave out documents or left_padding"),
         (DP4, DP4.replace("dp = 4", "dp = 2\ntp = 2"), "is 2; Transformers' models are not cut over tp here"),

@@ -34,9 +34,9 @@ ROWS = (
     row("FSDP2 x4", dp=4),
     row("dp2 tp2 ep4", dp=2, tp=2, ep=4),
     row("dp2 tp2 ep4, B = 1", dp=2, tp=2, ep=4, batch=1),
-    row("sp2 tp2 ep4", sp=2, tp=2, ep=4),
+    row("sp2 tp2 ep4, zigzag", sp=2, tp=2, ep=4, order="zigzag"),
     row("sp4 ep2, L = 3", sp=4, ep=2, seq=3),
-    row("dp2 sp2 ep4, packed", dp=2, sp=2, ep=4, **PACKED),
+    row("dp2 sp2 ep4, packed, striped", dp=2, sp=2, ep=4, order="striped", stripe=2, **PACKED),
     row("sp4 ep4, 1 head, window", sp=4, ep=4, heads=1, window=6),
 )
 
@@ -112,7 +112,7 @@ class CountingRanks(PoolRanks):
 
 
 def test_rows_of_any_mesh_leave_no_thread_and_no_descriptor_behind(rank_pool: RankPool) -> None:
-    """What DTensor caches by mesh would hold the groups of each: with 29 rows, more descriptors than a process may
+    """What DTensor caches by mesh would hold the groups of each: with 32 rows, more descriptors than a process may
     open."""
     rows = [row("tp2 ep2", tp=2, ep=2), row("sp2 ep2", sp=2, ep=2), row("dp2", dp=2)]
     again = [replace(one, name=f"{one.name} again") for one in rows]

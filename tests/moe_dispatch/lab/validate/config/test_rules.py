@@ -71,6 +71,12 @@ BROKEN_RULES = [
         "e.g. dp = 1, tp = 2",
     ),
     (
+        "tp = 2\nep = 2",
+        'tp = 2\nep = 2\nstripe = 4\norder = "zigzag"',
+        'rows[2].stripe (row "TP2 + EP2") is 4 in the order "zigzag", which has no stripes; leave it out, or set '
+        'order = "striped"',
+    ),
+    (
         "dp = 2\nep = 2",
         "dp = 2\nep = 3",
         'rows[1].ep (row "FSDP2 x2 + EP2") is 3; it has to divide dp * sp * tp = 2: set ep to 1 or 2',

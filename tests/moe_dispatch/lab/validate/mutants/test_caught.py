@@ -20,7 +20,7 @@ def test_every_mutant_is_caught(rank_pool: RankPool) -> None:
     rows = (
         row("tp2 ep2", tp=2, ep=2),
         row("sp2 ep2, window", sp=2, ep=2, window=6),
-        row("sp2 ep2, packed", sp=2, ep=2, **PACKED),
+        row("sp2 ep2, packed, zigzag", sp=2, ep=2, order="zigzag", **PACKED),
     )
     config = small_config(*rows, ranks=2)
     config = replace(config, model=replace(config.model, layers=1, dense_layers=0))
@@ -32,7 +32,7 @@ def test_every_mutant_is_caught(rank_pool: RankPool) -> None:
         ranks=UncoveredRanks(rank_pool, 2),
         watcher=QuietWatcher(),
     )
-    assert [control.name for control in found.controls] == [row.name for row in rows]
+    assert {control.name for control in found.controls} == {row.name for row in rows}
     assert all(control.agrees for control in found.controls)
     quantities = {run.name: set(run.rows[-1].disagreeing) for run in found.mutants}
     assert set(quantities) == set(MUTANTS)
@@ -40,7 +40,10 @@ def test_every_mutant_is_caught(rank_pool: RankPool) -> None:
     assert "gradients" in quantities["gradients-averaged"]
     assert "logits" not in quantities["gradients-averaged"]
     assert quantities["stale-plan"] == {"loss curve"}
-    assert "logits" in quantities["positions-from-zero"] & quantities["exchange-transposed"]
+    assert all(
+        "logits" in quantities[name]
+        for name in ("positions-from-zero", "contiguous-positions", "exchange-transposed")
+    )
 
 
 def test_a_mutant_leaves_nothing_behind() -> None:

@@ -8,13 +8,14 @@ from typing import Any
 from xml.etree import ElementTree
 
 import matplotlib
+import numpy as np
 import pytest
 
 from moe_dispatch.lab import cli
 from moe_dispatch.lab.desk.plots import check_plot
 from moe_dispatch.lab.validate.results import Difference, RowResult
 from moe_dispatch.lab.validate.runs import MatrixRun
-from moe_dispatch.lab.validate.shown.placement import most_spread
+from moe_dispatch.lab.validate.shown.placement import labelled, most_spread
 from moe_dispatch.lab.validate.shown.plot import COLORS_OF_DECADES, GREENS, REDS, decade_of, write_plot
 from tests.support.lab.made_up_results import AGREEING, broken_off, differing
 from tests.support.lab.scripted_ranks import Script
@@ -128,6 +129,17 @@ def test_plot_shows_placement_and_traffic_of_the_most_spread_row(tmp_path: Path)
     assert "rank 0 2 tokens" in texts
     assert "rank 3 1 token " in texts
     assert "1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16" in texts
+
+
+def test_labels_of_ranks_that_hold_several_pieces_lie_apart() -> None:
+    zigzag, stripes = (0, 0, 1, 2, 3, 3, 2, 1, 0), (0, 1, 2, 3) * 5
+    assert [labelled(np.flatnonzero(np.array(zigzag) == rank), rank, 4) for rank in range(4)] == [
+        (0, 1),  # the longer of two
+        (2, 2),
+        (6, 6),
+        (4, 5),
+    ]
+    assert [labelled(np.flatnonzero(np.array(stripes) == rank), rank, 4)[0] for rank in range(4)] == [0, 5, 10, 15]
 
 
 def test_positions_are_whole_numbers_where_there_is_one(tmp_path: Path) -> None:
