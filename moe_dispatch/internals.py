@@ -4,6 +4,8 @@ from .layer.share import expert_layers
 from .layout.partition import check_count
 from .wire.agreement import BAD, Statement, digest
 from .wire.autocast import cast_to_autocast, without_autocast
+from .wire.callers import check_memory
+from .wire.devices import device_of
 from .wire.exchange import (
     FinishedExchange,
     PendingExchange,
@@ -25,7 +27,9 @@ __all__ = [
     "check_count",
     "check_group",
     "check_is_group",
+    "check_memory",
     "copy_in_group",
+    "device_of",
     "digest",
     "exchange_rows",
     "expert_layers",

@@ -55,6 +55,8 @@ class Documents:
             if x is not None and (not isinstance(x, Tensor) or x.ndim != 1 or not is_integer(x)):
                 got = f"{tuple(x.shape)} of {x.dtype}" if isinstance(x, Tensor) else f"{type(x).__name__}"
                 return None, f"{name} is {got}; it has to be a tensor (documents + 1,) of ints"
+            if x is not None and x.is_meta:
+                return None, f"{name} is on meta, where there are no values to read; pass it on the CPU"
         ends = tuple(cu_seqlens.tolist())
         starts = ends if cu_seqlens_padded is None else tuple(cu_seqlens_padded.tolist())
         documents = cls(ends, starts, cu_seqlens_padded is not None)

@@ -22,7 +22,8 @@ def attend_parts(
     parts: Iterable[Part],
     options_of_part: Callable[[Mapping[str, Any], tuple[int, int], tuple[int, int]], dict[str, Any]],
 ) -> Tensor:
-    """``attend`` on each part; 0 for queries that are in none.
+    """``attend`` on each part; 0 for queries that are in none. ValueError if it writes to its tensors: parts share
+    keys, and queries that did not travel are the caller's own.
 
     Args:
         options: as ``attend`` takes them, for the whole sequence. Of first_query and first_key only whether they are
@@ -30,7 +31,7 @@ def attend_parts(
         parts: in the order of the queries.
         options_of_part: of the options, those of some queries and of some keys: (first place, end) of each.
     """
-    outs, at = [], 0
+    outs, at, before = [], 0, _versions(q_BLnH, k_BLgH, v_BLgH)
     for part in parts:
         queries, keys = (end - start for start, end in (part.queries, part.keys))
         q_BsnH = q_BLnH[:, part.q_row : part.q_row + queries]
@@ -39,10 +40,17 @@ def attend_parts(
         outs.append(zeros(part.q_row - at, q_BLnH, v_BLgH))
         outs.append(attend_or_zeros(attend, q_BsnH, k_BsgH, v_BsgH, own))
         at = part.q_row + queries
+    if _versions(q_BLnH, k_BLgH, v_BLgH) != before:
+        raise ValueError("q, k or v were written to, which further calls and the caller share; write to copies")
     outs.append(zeros(q_BLnH.shape[1] - at, q_BLnH, v_BLgH))
     # An empty piece that is in the graph even where there is no part.
     outs.append(attend_or_zeros(attend, q_BLnH[:, :0], k_BLgH[:, :0], v_BLgH[:, :0], options))
     return torch.cat(outs, dim=1)
+
+
+def _versions(*tensors: Tensor) -> list[int]:
+    """How often each was written to; a tensor of inference_mode does not know."""
+    return [0 if x.is_inference() else x._version for x in tensors]
 
 
 def _places(options: Mapping[str, Any], part: Part) -> dict[str, Any]:

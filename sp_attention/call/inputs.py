@@ -3,20 +3,21 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from operator import index
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from moe_dispatch import Partition, TokenSharding
-from moe_dispatch.internals import cast_to_autocast, problem_of_dtensors
+from moe_dispatch.internals import cast_to_autocast, device_of, problem_of_dtensors
 
 from ..wire.exchange import Split, check_sharding
 from ..wire.heads import GroupedHeads, heads_of_call
 from ..work.scheme import Scheme, head_rank
 
 T = TypeVar("T")
+BYTES_OF_DTYPE = 2  # at least: torch adds and compares no 8-bit floats, and they do not hold the bytes of a word
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -124,8 +125,8 @@ class AttentionInputs:
 
     @property
     def device(self) -> torch.device:
-        """Of most of q, k, v."""
-        return most([x.device for x in self.tensors])
+        """Where this rank's words are made: see :func:`device_of_words`."""
+        return device_of_words(self.tensors, self.group)
 
     @property
     def splits(self) -> tuple[Split, Split, Split]:
@@ -164,8 +165,12 @@ class AttentionInputs:
             return (
                 f"q, k, v are {', '.join(str(x.dtype) for x in self.tensors)}; cast them to one floating-point dtype"
             )
+        if self.q_BlNH.itemsize < BYTES_OF_DTYPE:
+            return f"q, k, v are {self.q_BlNH.dtype}; cast them to a floating-point dtype of at least 16 bits"
         if len({x.device for x in self.tensors}) > 1:
             return f"q, k, v are on {', '.join(str(x.device) for x in self.tensors)}; move them to one device"
+        if self.q_BlNH.is_meta:
+            return "q, k, v are on meta, where there are no values to send; give them memory, e.g. module.to_empty()"
         return ""
 
     def stand_ins(self) -> tuple[Tensor, ...]:
@@ -173,6 +178,13 @@ class AttentionInputs:
         most of q, k, v have."""
         dtype = most([x.dtype for x in self.tensors])
         return tuple(torch.zeros(shape, dtype=dtype, device=self.device) for shape in self.shapes)
+
+
+def device_of_words(tensors: Iterable[Any], group: dist.ProcessGroup) -> torch.device:
+    """The device of most of these, as far as they are tensors with values. Words have to reach the peers in any case:
+    else one on which the group communicates."""
+    devices = [x.device for x in tensors if isinstance(x, Tensor) and not x.is_meta]
+    return most(devices) if devices else device_of(group)
 
 
 def most(values: list[T]) -> T:

@@ -14,7 +14,7 @@ from moe_dispatch.internals import Statement, check_is_group
 from ..attend.default import scaled_dot_product
 from ..attend.documents import Documents
 from ..work.scheme import ULYSSES, Keys, Scheme, problem_of_scheme
-from .inputs import AttentionInputs, most
+from .inputs import AttentionInputs, device_of_words
 from .options import (
     Given,
     facts_of_call,
@@ -65,7 +65,7 @@ def attention_over_ranks(
         attend: as there, for all schemes but those with ring keys or a chunk, whose keys it would not see at once. If
             it has arguments ``first_query`` and ``first_key``, it gets the places of its first query and key in the
             sequence (in the document). It is called for consecutive queries, with those keys that they see. So
-            ``is_causal`` and ``window`` are on places from the end, as ever.
+            ``is_causal`` and ``window`` are on places from the end, as ever. It may not write to q, k and v.
         attn_mask, sinks_N: each rank's gradient of what is learned there is that of its own queries and heads, so sum
             it over the ranks.
 
@@ -95,7 +95,7 @@ def attention_over_ranks(
         dropout_p=dropout_p,
     )
     tensors, facts, problem = (q_BlNH, k_BlGH, v_BlGH), "", ""
-    inputs = documents = None
+    inputs = documents = cause = None
     try:
         inputs = AttentionInputs.of(*tensors, sharding, kv_sharding, heads, group, _checked(scheme, group))
         documents, problem = Documents.read(
@@ -105,10 +105,12 @@ def attention_over_ranks(
         facts = "" if problem else f"{facts_of_call(inputs, given, documents)}; {scheme}, {_whose(attend)}"
     except ValueError as error:
         problem = f"{error}"
-    device = most([x.device for x in tensors if isinstance(x, Tensor)] or [torch.device("cpu")])
-    seed = words_first(Statement(facts, problem), seed_of(given, device), group)
+    except Exception as error:  # of whatever kind: the peers wait for a word of this rank
+        problem, cause = f"reading the call raised {type(error).__name__}: {error}", error
+    seed = seed_of(given, device_of_words(tensors, group))
+    seed = words_first(Statement(facts, problem, cause), seed, group)
     if inputs is None or problem:  # where words are not read: see check_words
-        raise ValueError(problem)
+        raise ValueError(problem) from cause
     if scheme.is_ulysses(group.size()):
         attend = scaled_dot_product if attend is None else attend
         return exchange_and_attend(inputs, attend, given, seed, documents)

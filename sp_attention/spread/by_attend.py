@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moe_dispatch.internals import unseen_by_policies
+from moe_dispatch.internals import check_memory, unseen_by_policies
 
 from ..dtypes import dtype_of_sums
 from ..work.plan import RankWork
@@ -47,6 +47,7 @@ class _ToWork(torch.autograd.Function):
     @once_differentiable
     @unseen_by_policies
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        check_memory(*grads)
         moves, dtype = Moves(ctx.mine, ctx.group), dtype_of_sums(grads[0])
         homes = [grads[0].new_zeros(shape, dtype=dtype) for shape in ctx.shapes]
         parts = [Part(moves.keys, 0, grads[1:], homes[1:])]
@@ -73,5 +74,6 @@ class _Home(torch.autograd.Function):
     @once_differentiable
     @unseen_by_policies
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        check_memory(*grads)
         (arrived,) = Moves(ctx.mine, ctx.group).arrivals([grads[0]], [])
         return None, None, None, arrived.queries[0]

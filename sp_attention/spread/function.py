@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moe_dispatch.internals import unseen_by_policies, without_autocast
+from moe_dispatch.internals import check_memory, unseen_by_policies, without_autocast
 
 from .backward import Backward
 from .forward import Forward
@@ -60,6 +60,7 @@ class _AttendSpread(torch.autograd.Function):
     @once_differentiable
     @unseen_by_policies
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        check_memory(*grads)
         q_BlNH, k_BlGH, v_BlGH, attn_mask, sinks_N, *rest = ctx.saved_tensors
         num_outs, _ = ctx.counts
         with without_autocast(q_BlNH):

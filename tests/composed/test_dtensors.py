@@ -27,6 +27,8 @@ from moe_dispatch.plan.planner import Planner
 from moe_dispatch.testing import RankPool
 from sp_attention import (
     Batch,
+    Scheme,
+    attention_over_ranks,
     count_targets,
     gather_outputs,
     mean_cross_entropy,
@@ -86,6 +88,11 @@ def refusals(rank: int) -> dict[str, str]:
     def attend(q: Tensor, k: Tensor, **options: Any) -> Tensor:
         return ulysses_attention(q, k, q_BlNH, sharding=SHARDING, group=group, **options)
 
+    def over_ranks(q: Tensor, **options: Any) -> Tensor:
+        return attention_over_ranks(
+            q, q_BlNH, q_BlNH, sharding=SHARDING, group=group, scheme=Scheme.gather(), **options
+        )
+
     def cut(**fields: Any) -> object:
         return shard_batch(Batch(**fields), sharding=SHARDING, group=group)
 
@@ -107,6 +114,8 @@ def refusals(rank: int) -> dict[str, str]:
         "queries": refusal(lambda: attend(wrong(q_BlNH), q_BlNH)),
         "keys": refusal(lambda: attend(q_BlNH, wrong(q_BlNH))),
         "sinks": refusal(lambda: attend(q_BlNH, q_BlNH, sinks_N=wrong(torch.ones(2), whole=True))),
+        "queries, gather": refusal(lambda: over_ranks(wrong(q_BlNH))),
+        "sinks, gather": refusal(lambda: over_ranks(q_BlNH, sinks_N=wrong(torch.ones(2), whole=True))),
         "documents": refusal(
             lambda: ulysses_attention(
                 *(q_BlNH[:1],) * 3,
@@ -142,6 +151,7 @@ def test_a_dtensor_is_refused_on_every_rank(rank_pool: RankPool) -> None:
     }
     names |= {"moe, padding": "real_Bl", "moe, ids": "expert_BlK"}
     names |= {"moe": "x_BlD", "moe, static": "x_BlD", "queries": "q", "keys": "k", "sinks": "sinks_N"}
+    names |= {"queries, gather": "q", "sinks, gather": "sinks_N"}
     names |= {"outputs": "x_BlD", "losses": "loss_Bl", "targets": "target_Bl", "logits": "logits_BlV"}
     names |= {"count": "target_Bl", "tokens": "token_BL", "fields": "fields['x']"}
     for rank, texts in enumerate(texts_of_rank):

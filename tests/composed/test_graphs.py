@@ -20,6 +20,7 @@ from tests.support.tensors import TOLERANCE, difference, grad_of, leaf
 REASONS = {
     "MoE": "compile what is around MoE layers",
     "dispatch, combine": "plan outside of what is compiled",
+    "attention_over_ranks": "who needs which rows is worked out in Python",
     "shard_batch": "cut batches outside of what is compiled",
 }
 

@@ -10,7 +10,7 @@ from torch import nn
 from moe_dispatch import StaticSizes
 from moe_dispatch.plan.planner import Planner
 from moe_dispatch.testing import RankThreads
-from sp_attention import UlyssesAttention
+from sp_attention import AttentionOverRanks, Scheme, UlyssesAttention
 from tests.support.dispatch.moe import COUNTED, Case, Outcome, assert_equal_outcomes, run_moe
 from tests.support.dispatch.plans import planner_of
 from tests.support.ranks import refusal, world
@@ -55,16 +55,20 @@ def test_groups_of_nodes_are_refused(rank_threads: RankThreads) -> None:
         assert text.startswith("NodeGroups hold process groups, which no file can hold; set planner = Counted()")
 
 
-def attentions(rank: int) -> tuple[str, float]:
+def attentions(rank: int, kind: type[AttentionOverRanks], choices: dict[str, Any]) -> tuple[str, float]:
     sharding, qkv = CASE.sharding, [torch.randn(2, (3, 0)[rank], 2, 4) for _ in range(3)]
-    attention = UlyssesAttention(group=world(), is_causal=True)
+    attention = kind(group=world(), is_causal=True, **choices)
     copy = loaded(attention)
     text = refusal(lambda: copy(*qkv, sharding=sharding))
     copy.group = world()
     return text, float((copy(*qkv, sharding=sharding) - attention(*qkv, sharding=sharding)).abs().sum())
 
 
-def test_attention(rank_threads: RankThreads) -> None:
-    for text, off in rank_threads.run(attentions, 2):
-        assert "not in the file that this UlyssesAttention was loaded from" in text
+@pytest.mark.parametrize(
+    ("kind", "choices"),
+    [(UlyssesAttention, {}), (AttentionOverRanks, {"scheme": Scheme.ring(keep=True, chunk=2), "window": (1, 0)})],
+)
+def test_attention(rank_threads: RankThreads, kind: type[AttentionOverRanks], choices: dict[str, Any]) -> None:
+    for text, off in rank_threads.run(attentions, 2, kind, choices):
+        assert f"not in the file that this {kind.__name__} was loaded from" in text
         assert off == 0.0

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moe_dispatch import exchange_rows
 from moe_dispatch.testing import RankThreads
-from sp_attention import ulysses_attention
+from sp_attention import Scheme, attention_over_ranks, scaled_dot_product, ulysses_attention
 from tests.support.dispatch.moe import DIM, Case
 from tests.support.ranks import world
 from tests.support.tensors import leaf
@@ -20,6 +20,14 @@ TEXT = (
     "loss.backward() or torch.autograd.grad, one at a time"
 )
 
+SCHEMES: dict[str, dict[str, Any]] = {
+    "gathered keys": {"scheme": Scheme.gather(keep=True)},
+    "ring keys": {"scheme": Scheme.ring(chunk=2)},
+    "chunks for shared heads": {"scheme": Scheme.ulysses(chunk=2)},
+    "gathered keys for an attend": {"scheme": Scheme.gather(), "attend": scaled_dot_product},
+    "shared heads for an attend": {"scheme": Scheme.ulysses(keep=False), "attend": scaled_dot_product},
+}
+
 
 def called(what: str, rank: int) -> tuple[Callable[[Tensor], Tensor], Tensor]:
     """A function of a tensor, and one to call it with."""
@@ -29,6 +37,9 @@ def called(what: str, rank: int) -> tuple[Callable[[Tensor], Tensor], Tensor]:
     if what == "attention":
         x_BlNH = torch.randn(*shape, 3, 4)
         return lambda x: ulysses_attention(x, x, x, sharding=CASE.sharding, group=world()), x_BlNH
+    if what in SCHEMES:
+        x_BlNH, options = torch.randn(*shape, 3, 4), SCHEMES[what]
+        return lambda x: attention_over_ranks(x, x, x, sharding=CASE.sharding, group=world(), **options), x_BlNH
     moe = CASE.layer(rank)
     return lambda x: moe(x, sharding=CASE.sharding)[0], torch.randn(*shape, DIM, dtype=torch.float64)
 
@@ -56,7 +67,7 @@ def refused(rank: int, what: str, transform: str) -> str:
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
-@pytest.mark.parametrize("what", ["MoE", "attention", "exchange_rows"])
+@pytest.mark.parametrize("what", ["MoE", "attention", "exchange_rows", *SCHEMES])
 def test_a_transform_is_refused_on_every_rank(rank_threads: RankThreads, what: str, transform: str) -> None:
     """torch named operations of ours; in a batched backward of attention, ranks that are threads crashed."""
     assert rank_threads.run(refused, 3, what, transform) == [TEXT] * 3

@@ -24,7 +24,17 @@ from moe_dispatch import (
     plan_dispatch,
     sequence_balance_loss,
 )
-from sp_attention import Batch, mean_cross_entropy, mean_loss, shard_batch, shift_labels, ulysses_attention
+from sp_attention import (
+    AttentionOverRanks,
+    Batch,
+    Scheme,
+    mean_cross_entropy,
+    mean_loss,
+    scaled_dot_product,
+    shard_batch,
+    shift_labels,
+    ulysses_attention,
+)
 
 DIM, HIDDEN, HEADS, EXPERTS, TOP_K, VOCABULARY = 8, 16, 2, 4, 2, 11
 
@@ -132,6 +142,30 @@ class Attention(nn.Module):
         return x_BlD + self.after(torch.tanh(out_BlNH).flatten(2))
 
 
+class Schemes(nn.Module):
+    """Attention in one scheme after the other: kept or not, in chunks or whole, by an ``attend`` or in tiles."""
+
+    def __init__(self, layout: Layout, group: dist.ProcessGroup) -> None:
+        super().__init__()
+        self.sharding, self.before = layout.sharding, nn.Linear(DIM, 3 * DIM)
+        shared, heads = {"group": group, "is_causal": True}, Partition(layout.heads)
+        self.attentions = nn.ModuleList(
+            [
+                AttentionOverRanks(scheme=Scheme.gather(), window=(3, 0), **shared),
+                AttentionOverRanks(scheme=Scheme.gather(), attend=scaled_dot_product, **shared),
+                AttentionOverRanks(scheme=Scheme.ring(keep=True, chunk=2), **shared),
+                AttentionOverRanks(scheme=Scheme.two_dimensional(head_ranks=2, keys="ring"), **shared),
+                AttentionOverRanks(scheme=Scheme.ulysses(offload=True, chunk=2), heads=heads, **shared),
+            ]
+        )
+
+    def forward(self, x_BlD: Tensor) -> Tensor:
+        for attention in self.attentions:
+            qkv = self.before(x_BlD).unflatten(-1, (HEADS, -1)).chunk(3, -1)
+            x_BlD = x_BlD + torch.tanh(attention(*qkv, sharding=self.sharding)).flatten(2)
+        return x_BlD
+
+
 def tokens_of(layout: Layout) -> Tensor:
     """(B, L), of the whole batch."""
     return torch.arange(2 * sum(layout.seq)).mul(7).remainder(VOCABULARY).view(2, -1)
@@ -172,6 +206,7 @@ SUBJECTS: dict[str, Callable[[Layout, dist.ProcessGroup], nn.Module]] = {
     "MoE": Layer,
     "dispatch, combine": Rows,
     "ulysses_attention": Attention,
+    "attention_over_ranks": Schemes,
     "losses": Losses,
     "shard_batch": Shards,
 }

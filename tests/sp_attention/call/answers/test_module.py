@@ -1,6 +1,8 @@
-"""UlyssesAttention: the user's own ``attend``, and no option lost on the way."""
+"""UlyssesAttention and AttentionOverRanks: the user's own ``attend``, and no option lost on the way."""
 
+from collections.abc import Callable
 from copy import deepcopy
+from functools import partial
 
 import pytest
 import torch
@@ -8,8 +10,8 @@ from torch import Tensor
 
 from moe_dispatch import Partition, TokenSharding
 from moe_dispatch.testing import RankThreads
-from sp_attention import UlyssesAttention, ulysses_attention
-from tests.support.attention.case import Case, Options, named_case
+from sp_attention import AttentionOverRanks, Scheme, UlyssesAttention, attention_over_ranks, ulysses_attention
+from tests.support.attention.case import Attend, Case, Options, named_case
 from tests.support.attention.whole import Whole, shares_of, whole_answer
 from tests.support.ranks import world
 from tests.support.tensors import TOLERANCE, Order, difference, grad_of, leaf, share
@@ -61,9 +63,14 @@ def own_attend(rank: int, case: Case) -> list[str]:
     return [name for name in got if not difference(got[name], wanted[name]) <= TOLERANCE]
 
 
-def module_equals_function(rank: int) -> list[str]:
+def module_equals_function(rank: int, over_ranks: bool) -> list[str]:
     """Which options the module loses on the way: each changes the bits of the output, and as the function does. In
     eval mode too, where dropout is off and nothing else is."""
+    attention: Attend = ulysses_attention
+    make: Callable[..., AttentionOverRanks] = UlyssesAttention
+    if over_ranks:  # in tiles, not as Ulysses itself
+        scheme = Scheme.ulysses(keep=False)
+        attention, make = partial(attention_over_ranks, scheme=scheme), partial(AttentionOverRanks, scheme=scheme)
     failures = []
     for case, choices, facts in calls_of_a_module():
         whole = Whole.of(case, torch.float64)
@@ -71,18 +78,14 @@ def module_equals_function(rank: int) -> list[str]:
         parts = [
             share(x, n, "BL", rank) for x, n in zip((whole.q_BLNH, whole.k_BLGH, whole.v_BLGH), sizes, strict=True)
         ]
-        sharding = TokenSharding(batch=1, seq=Partition(case.seq))
-        plain_BlNH = ulysses_attention(
-            *parts, sharding=sharding, group=world(), **{k: v for k, v in facts.items() if k == "kv_sharding"}
-        )
-        wanted_BlNH = ulysses_attention(*parts, sharding=sharding, group=world(), **choices, **facts)
-        module = UlyssesAttention(group=world(), **choices)
-        got_BlNH = deepcopy(module)(*parts, sharding=sharding, **facts)  # as of an averaged model
+        shared = {"sharding": TokenSharding(batch=1, seq=Partition(case.seq))}
+        shared |= {name: value for name, value in facts.items() if name == "kv_sharding"}
+        plain_BlNH = attention(*parts, group=world(), **shared)
+        wanted_BlNH = attention(*parts, group=world(), **shared | choices | facts)
+        got_BlNH = deepcopy(make(group=world(), **choices))(*parts, **shared | facts)  # as of an averaged model
         changed = "heads" in choices or not torch.equal(got_BlNH, plain_BlNH)
         failures += [f"{choices} {facts}"] * (not changed or not torch.equal(got_BlNH, wanted_BlNH))
-        evaluated_BlNH = UlyssesAttention(group=world(), dropout_p=0.9, **choices).eval()(
-            *parts, sharding=sharding, **facts
-        )
+        evaluated_BlNH = make(group=world(), dropout_p=0.9, **choices).eval()(*parts, **shared | facts)
         failures += [f"{choices} {facts} in eval mode"] * (not torch.equal(evaluated_BlNH, wanted_BlNH))
     return failures
 
@@ -96,6 +99,7 @@ def test_attend_is_the_users_own(rank_threads: RankThreads, order: Order) -> Non
     assert rank_threads.run(own_attend, 3, case) == [[]] * 3
 
 
-def test_the_module_loses_no_option(rank_threads: RankThreads) -> None:
+@pytest.mark.parametrize("over_ranks", [False, True])
+def test_the_module_loses_no_option(rank_threads: RankThreads, over_ranks: bool) -> None:
     """Invariant 11. B5: masks and windows stay in eval mode."""
-    assert rank_threads.run(module_equals_function, 2) == [[]] * 2
+    assert rank_threads.run(module_equals_function, 2, over_ranks) == [[]] * 2
