@@ -1,6 +1,6 @@
 """Attention of a Transformers model over the ranks of a mesh."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
@@ -9,6 +9,7 @@ from moe_dispatch import ParallelMesh, agree
 from moe_dispatch.integrations.transformers import follow_steps, problem_of_mesh
 
 from ...parallel.on_mesh import everyone
+from ...work.scheme import ULYSSES, Scheme, problem_of_scheme
 from .asked import keeps_documents_apart
 from .attention import NAME, NAME_APART, NO_STEP, register
 from .step import Step
@@ -16,7 +17,7 @@ from .step import Step
 LAYERS = ("full_attention", "sliding_attention")
 
 
-def apply_sequence_parallel(model: Any, mesh: ParallelMesh) -> None:
+def apply_sequence_parallel(model: Any, mesh: ParallelMesh, *, scheme: Scheme = ULYSSES) -> None:
     """Have the attention of a model see whole sequences of which each "sp" rank of ``mesh`` holds a part.
 
     The model is then called with a step, ``model(**step.inputs)`` of :func:`shard_batch`. No parameter changes. Call
@@ -26,20 +27,22 @@ def apply_sequence_parallel(model: Any, mesh: ParallelMesh) -> None:
     Args:
         model: a causal ``PreTrainedModel`` all of whose layers attend through ``AttentionInterface``, fully or in
             windows. It is asked with three tokens which mask it makes.
+        scheme: how attention is spread over "sp".
         mesh: over all ranks.
 
     Raises:
         GroupError: on every rank: a model that is none, or with layers of another kind (linear attention, state
-            spaces), by name; or ranks with different models.
+            spaces), by name; a scheme that "sp" cannot have; or ranks with different models or schemes.
     """
-    problem, name = _problem(model) or problem_of_mesh(model, mesh), ""
+    problem = _problem(model) or problem_of_mesh(model, mesh) or problem_of_scheme(scheme, mesh.dense.size(1))
+    name = ""
     if not problem:
         try:
             name = NAME_APART if keeps_documents_apart(model) else NAME
         except ValueError as error:
             problem = f"{type(model).__name__}: {error}"
     agree(
-        f"{type(model).__name__} by {name}",
+        f"{type(model).__name__} by {name}, {scheme}",
         problem=problem,
         device=torch.device(mesh.dense.device_type),
         group=everyone(),
@@ -47,7 +50,7 @@ def apply_sequence_parallel(model: Any, mesh: ParallelMesh) -> None:
     register()
     follow_steps(model)
     model.set_attn_implementation(name)
-    model.register_forward_pre_hook(_Guard(mesh, name).check, with_kwargs=True)
+    model.register_forward_pre_hook(_Guard(mesh, name, scheme).check, with_kwargs=True)
 
 
 def _problem(model: Any) -> str:
@@ -77,12 +80,13 @@ class _Guard:
 
     mesh: ParallelMesh
     name: str
+    scheme: Scheme
 
     def __deepcopy__(self, memo: Any) -> Self:
         return self  # a copy of the model is on the same mesh
 
-    def check(self, model: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        """A forward pre-hook. Each rank sees the same mistake."""
+    def check(self, model: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """A forward pre-hook, which tells the step the scheme. Each rank sees the same mistake."""
         used, step = model.config.get_text_config()._attn_implementation, kwargs.get("step")
         if used != self.name:
             raise ValueError(
@@ -104,3 +108,4 @@ class _Guard:
                 f"{None if ids is None else tuple(ids.shape)} for a step of {step.fed_shape}; call "
                 "model(**step.inputs)"
             )
+        return args, {**kwargs, "step": replace(step, scheme=self.scheme)}

@@ -6,7 +6,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...call.over_ranks import attention_over_ranks
 from ...call.ulysses import ulysses_attention
+from ...work.scheme import ULYSSES
 from .interface import AttentionInterface, AttentionMaskInterface
 from .step import Step
 
@@ -28,7 +30,7 @@ NO_STEP = (
 )
 
 
-def attention_over_ranks(
+def attend_over_ranks(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -70,7 +72,9 @@ def attention_over_ranks(
             "here; leave that out, or use another model"
         )
     q_BlNH, k_BlGH, v_BlGH = (step.own(x.transpose(1, 2)) for x in (query, key, value))
-    out_BlNH = ulysses_attention(
+    # ulysses_attention has a collective less, and no break in a compiled graph.
+    attention = ulysses_attention if step.scheme == ULYSSES else partial(attention_over_ranks, scheme=step.scheme)
+    out_BlNH = attention(
         q_BlNH,
         k_BlGH,
         v_BlGH,
@@ -96,5 +100,5 @@ def no_mask(*args: Any, attention_mask: Tensor | None = None, **others: Any) -> 
 def register() -> None:
     """Put the functions into Transformers' registries."""
     for name in (NAME, NAME_APART):
-        AttentionInterface.register(name, partial(attention_over_ranks, keeps_documents_apart=name == NAME_APART))
+        AttentionInterface.register(name, partial(attend_over_ranks, keeps_documents_apart=name == NAME_APART))
         AttentionMaskInterface.register(name, no_mask)

@@ -10,6 +10,7 @@ from moe_dispatch.integrations.transformers import apply_expert_parallel
 
 from ...batch.loss import MeanLoss
 from ...parallel.on_mesh import OnMesh
+from ...work.scheme import ULYSSES, Scheme
 from .apply import apply_sequence_parallel
 from .loss import causal_lm_loss
 from .step import Step, gather_sequence, shard_batch
@@ -32,10 +33,10 @@ class Parallel(OnMesh):
     def __init__(self, *, dp: int = 1, sp: int = 1, ep: int = 1, device_type: str) -> None:
         super().__init__(dp=dp, sp=sp, ep=ep, device_type=device_type)
 
-    def apply(self, model: nn.Module, *, experts: Partition | None = None) -> None:
+    def apply(self, model: nn.Module, *, experts: Partition | None = None, scheme: Scheme = ULYSSES) -> None:
         """:func:`apply_sequence_parallel`, then :func:`moe_dispatch.integrations.transformers.apply_expert_parallel`,
         in place. What refuses, refuses before any expert is cut."""
-        apply_sequence_parallel(model, self.mesh)
+        apply_sequence_parallel(model, self.mesh, scheme=scheme)
         apply_expert_parallel(model, self.mesh, experts=experts)
 
     def shard(

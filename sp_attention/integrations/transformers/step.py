@@ -14,6 +14,7 @@ from ...batch.batch import Batch
 from ...batch.shard import agreed_by_ranks
 from ...parallel.mesh_batch import facts_and_part
 from ...parallel.on_mesh import everyone
+from ...work.scheme import ULYSSES, Scheme
 
 IGNORED = -100  # the label that Transformers counts nowhere
 TENSORS = ("input_ids", "labels", "shift_labels", "attention_mask", "position_ids")
@@ -37,6 +38,7 @@ class Step:
         padding_options: options of ``ulysses_attention``, without documents.
         packed_options: the same with documents, where positions start anew.
         mesh: that the batch was cut for.
+        scheme: how attention is spread; the model that is called with the step sets its own.
     """
 
     target_Bl: Tensor
@@ -49,6 +51,7 @@ class Step:
     mesh: ParallelMesh
     input_ids: Tensor
     position_ids: Tensor
+    scheme: Scheme = ULYSSES
 
     @property
     def inputs(self) -> dict[str, Any]:

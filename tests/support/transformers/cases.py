@@ -9,11 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_dispatch import TokenSharding, whole_state_dict
+from sp_attention import Scheme
 from sp_attention.integrations.transformers import Parallel
 
 from .models import new_model
 
 IGNORED = -100
+ULYSSES = Scheme.ulysses()
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,7 @@ class Layout:
     ep: int
     lengths: tuple[int, ...] | None
     sharding: TokenSharding | None = None
+    scheme: Scheme = ULYSSES
 
     @property
     def ranks(self) -> int:
@@ -83,7 +86,7 @@ def over_ranks(name: str, dtype: torch.dtype, batch: dict[str, Tensor], layout: 
     """
     parallel = Parallel(dp=layout.dp, sp=layout.sp, ep=layout.ep, device_type="cpu")
     model = new_model(name, dtype)
-    parallel.apply(model)
+    parallel.apply(model, scheme=layout.scheme)
     if change is not None:
         change(model)
     step = parallel.shard(**batch, lengths=layout.lengths, sharding=layout.sharding)
