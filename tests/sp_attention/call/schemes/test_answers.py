@@ -118,6 +118,16 @@ def test_an_attend_of_the_callers(rank_threads: RankThreads, ranks: int) -> None
     assert [failure for failures in results for failure in failures] == []
 
 
+def test_an_attend_is_told_windows_from_its_last_key(rank_threads: RankThreads) -> None:
+    """Keys after the last query's own move both sides of a window."""
+    case = named_case(3, "cross window", (7, 6, 8), num_heads=(4, 2), kv_seq=(8, 2, 9))
+    both_sides = [
+        SpreadCase(case, scheme, tokens) for scheme in schemes(3) for tokens in ORDERS if takes_attend(scheme)
+    ]
+    results = rank_threads.run(of_attend, 3, both_sides, scaled_dot_product, timeout=60)
+    assert [failure for failures in results for failure in failures] == []
+
+
 @pytest.mark.parametrize("attend", [blockwise_attend(chunk=4), flex_attend()], ids=["blockwise", "flex"])
 def test_our_other_attends(rank_threads: RankThreads, attend: Attend) -> None:
     batch = with_all_keys(4, sorted({*PACKED, "causal", "window", "cross window", "holes"} - NO_FLEX))
