@@ -44,7 +44,7 @@ class GroupedHeads:
 
     def kv_by_rank(self, x_BlGH: Tensor) -> Tensor:
         """The heads that each rank needs, side by side: (..., G, H) -> (..., kv_sent.total, H)."""
-        ranges = [needed for needed in self.kv_ranges if needed]
+        ranges = [needed for needed in self.kv_ranges if needed] or [range(0)]
         if [head for needed in ranges for head in needed] == list(range(self.num_kv)):
             return x_BlGH
         heads = [torch.arange(needed.start, needed.stop, device=x_BlGH.device) for needed in ranges]

@@ -12,7 +12,14 @@ from torch.utils.checkpoint import checkpoint
 
 from moe_dispatch import Partition, TokenSharding, gather_tokens, place_tokens
 from moe_dispatch.testing import RankThreads
-from sp_attention import gather_outputs, shard_batch, ulysses_attention
+from sp_attention import (
+    Scheme,
+    attention_over_ranks,
+    gather_outputs,
+    scaled_dot_product,
+    shard_batch,
+    ulysses_attention,
+)
 from sp_attention.batch.batch import Batch
 from tests.support.composed.ways import saved
 from tests.support.dispatch.moe import Case, gradients_of, pull
@@ -106,6 +113,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "mask": {"attn_mask": torch.linspace(-1, 1, 49, dtype=torch.float64).view(7, 7)},
     "sinks": {"sinks_N": torch.linspace(-1, 1, 2, dtype=torch.float64)},
     "documents": {"cu_seqlens": torch.tensor([0, 2, 5]), "cu_seqlens_padded": torch.tensor([0, 3, 7])},
+    "ring keys, dropout": {"scheme": Scheme.ring(keep=True, chunk=2), "dropout_p": 0.4},
+    "gathered keys for an attend": {"scheme": Scheme.gather(), "attend": scaled_dot_product, "window": (1, 1)},
+    "shared heads, chunks": {"scheme": Scheme.ulysses(offload=True, chunk=3), "is_causal": True},
 }
 
 
@@ -114,12 +124,13 @@ def of_attention(rank: int, names: Sequence[str], option: str) -> tuple[set[str]
 
     def block(x_BlD: Tensor) -> Tensor:
         qkv = x_BlD.unflatten(-1, (2, 12)).split(4, -1)
-        return torch.tanh(ulysses_attention(*qkv, sharding=SHARDING, group=world(), **OPTIONS[option]))
+        attention: Callable[..., Tensor] = attention_over_ranks if "scheme" in OPTIONS[option] else ulysses_attention
+        return torch.tanh(attention(*qkv, sharding=SHARDING, group=world(), **OPTIONS[option]))
 
     return wrong_policies(names, block, x_BlD, list)
 
 
-IN_SHORT = {"window", "dropout", "documents"}
+IN_SHORT = {"window", "dropout", "documents", "gathered keys for an attend"}
 
 
 @pytest.mark.parametrize(
