@@ -20,6 +20,8 @@ from .batch.shard import shard_batch
 from .call.module import AttentionOverRanks, UlyssesAttention
 from .call.over_ranks import attention_over_ranks
 from .call.ulysses import ulysses_attention
+from .choice.choose import SchemeChoice, choose_scheme
+from .choice.cost import Machine, SchemeCost
 from .parallel.mesh_batch import MeshBatch
 from .parallel.parallel import Parallel
 from .wire.exchange import heads_from_tokens, tokens_from_heads
@@ -28,15 +30,19 @@ from .work.scheme import Scheme
 __all__ = [
     "AttentionOverRanks",
     "Batch",
+    "Machine",
     "MeanLoss",
     "MeshBatch",
     "Parallel",
     "Scheme",
+    "SchemeChoice",
+    "SchemeCost",
     "ShardedBatch",
     "UlyssesAttention",
     "attention_over_ranks",
     "balance",
     "blockwise_attend",
+    "choose_scheme",
     "count_targets",
     "flex_attend",
     "gather_outputs",

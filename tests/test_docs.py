@@ -62,6 +62,16 @@ def test_pages_show_the_plan_as_printed(capsys: pytest.CaptureFixture[str]) -> N
         assert {line.strip() for line in lines if line.startswith("8 x 8")} <= set(printed), page
 
 
+def test_the_page_shows_the_plan_of_attention_as_printed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "150")
+    assert cli.main(["plan", "qwen3_235b"]) == 0
+    printed = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    (shown,) = (x for x in fences(ROOT / "docs/planning.md", "console") if x.startswith("Attention:"))
+    assert [line for line in shown.splitlines() if line.strip() not in printed] == []
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_links_lead_somewhere(page: Path) -> None:
     for link in links(page):

@@ -94,8 +94,7 @@ def _turn(work: Work, side: int, wanted: Wanted, stays: bool) -> _Turn:
     sent: dict[Pair, int] = {}
     heads = [(work.query_heads, work.kv_heads)[side](rank)[1] for rank in range(work.team_size)]
     for team in () if stays else work.teams:
-        for source, units in work.holders[side].of_all(wanted.of(team)).items():
-            rows = count(units)
+        for source, rows in work.holders[side].rows(wanted.of(team)).items():
             for to, num_heads in zip(work.members(team), heads, strict=True):
                 if source != to and num_heads:
                     sent[source, to] = rows * num_heads

@@ -3,7 +3,7 @@
 In a ring of many ranks, a rank asks what few of them get: so it is worked out when somebody asks.
 """
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 
 from .runs import Run, Runs, common, count, in_blocks
@@ -79,11 +79,25 @@ class Holders:
         """:meth:`units` of each rank that has any."""
         found: dict[int, list[Run]] = {}
         for start, stop in wanted:
-            i = max(bisect_right(self._starts, start) - 1, 0)
-            while i < len(self._by_place) and self._by_place[i][0] < stop:
-                first, end, rank = self._by_place[i]
-                low, high = max(start, first), min(stop, end)
-                if low < high:
-                    found.setdefault(rank, []).append((low, high))
-                i += 1
+            for first, end, rank in self._touched(start, stop):
+                found.setdefault(rank, []).append((max(start, first), min(stop, end)))
         return found
+
+    def rows(self, wanted: Runs) -> dict[int, int]:
+        """How many places :meth:`of_all` has of each rank."""
+        found: dict[int, int] = {}
+        for start, stop in wanted:
+            touched = self._touched(start, stop)
+            for first, end, rank in touched:
+                found[rank] = found.get(rank, 0) + end - first
+            if touched:  # the first and the last may reach beyond
+                (first, _, rank), (_, end, last) = touched[0], touched[-1]
+                found[rank] -= max(start - first, 0)
+                found[last] -= max(end - stop, 0)
+        return found
+
+    def _touched(self, start: int, stop: int) -> list[tuple[int, int, int]]:
+        """(start, stop, rank) of the runs that have a place of this one, which is not empty."""
+        i, j = bisect_right(self._starts, start), bisect_left(self._starts, stop)
+        before = self._by_place[i - 1 : i]  # those that start before it
+        return (before if before and before[0][1] > start else []) + self._by_place[i:j]

@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Mapping, Sequence
-from types import UnionType
+from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
@@ -62,10 +62,16 @@ def _resolved(location: Location, kind: type) -> tuple[list[str | int], list[str
         if fields := getattr(annotation, "__pydantic_fields__", None):
             keys = list(fields)
             field = fields.get(step)
-            annotation = field.annotation if field else None
+            annotation = _of_optional(field.annotation) if field else None
         else:  # of a tuple[X, ...] or tuple[X, X], or a dict[str, X]
             annotation = get_args(annotation)[1 if get_origin(annotation) is dict else 0]
     return steps, keys, field, annotation
+
+
+def _of_optional(annotation: Any) -> Any:
+    """X of ``X | None``: no step of a location names it."""
+    members = [member for member in get_args(annotation) if member is not NoneType]
+    return members[0] if isinstance(annotation, UnionType) and len(members) == 1 else annotation
 
 
 def _tag(member: Any) -> str:

@@ -10,7 +10,8 @@ if TYPE_CHECKING:
 
 DESCRIPTION = (
     "Predict what one MoE layer sends: with a row for each choice, with a row for each rank that a token needs, and "
-    "with a row for each node and then for each rank, under uniform and Zipf routing. Nothing is run. "
+    "with a row for each node and then for each rank, under uniform and Zipf routing. And what attention of a long "
+    "sequence costs in every scheme, where the config has a table [attention]. Nothing is run. "
     "Exit status: 0, 2 for wrong arguments or config, 3 if a file could not be written."
 )
 
@@ -37,6 +38,8 @@ def add_plan(commands: Any) -> None:
     )
     parser.add_argument("--latency-us", metavar="US", type=zero_or_more, help="least microseconds of a collective")
     parser.add_argument("--tokens", metavar="T", type=count, help="tokens on each rank")
+    parser.add_argument("--length", metavar="L", type=count, help="tokens of a sequence, for attention")
+    parser.add_argument("--sequence-ranks", metavar="P", type=count, help="ranks of a sequence, for attention")
     parser.add_argument("--zipf", metavar="S", type=zero_or_more, help="exponent of Zipf's law among experts")
     add_json(parser)
     parser.set_defaults(prepare=_prepare, plot=None)

@@ -10,6 +10,8 @@ from ..desk.console import output_console
 from ..desk.output import check_output
 from ..desk.packaged import find_config
 from ..desk.provenance import provenance
+from .attention import forecast_attention
+from .attention_report import as_json, print_attention
 from .config import PlanConfig, load_plan_config
 from .crossing import find_crossing
 from .predict import predict
@@ -33,9 +35,15 @@ class Job:
         """The exit status, 0."""
         predictions = [prediction for config in self.configs for prediction in predict(config)]
         crossing = find_crossing(self.configs[0])
-        print_plan(output_console(json=self.json), self.configs[0], predictions, crossing)
+        console, config = output_console(json=self.json), self.configs[0]
+        print_plan(console, config, predictions, crossing)
+        found: dict[str, Any] = {}
+        if config.attention is not None:
+            forecast = forecast_attention(config, config.attention)
+            print_attention(console, config, config.attention, forecast)
+            found["attention"] = as_json(forecast)
         if self.json:
-            write_plan(self.json, self.configs, predictions, crossing, origin=self.origin)
+            write_plan(self.json, self.configs, predictions, crossing, found, origin=self.origin)
         return 0
 
 
@@ -55,6 +63,7 @@ def prepare(arguments: argparse.Namespace) -> Job:
 def _changes(arguments: argparse.Namespace, nodes: int | None) -> Mapping[str, Mapping[str, Any]]:
     """What the command line gives in place of the file's values."""
     given = {
+        "attention": {"length": arguments.length, "ranks": arguments.sequence_ranks},
         "load": {"tokens_per_rank": arguments.tokens, "zipf": arguments.zipf},
         "cluster": {
             "nodes": nodes,

@@ -10,7 +10,7 @@ from pydantic.dataclasses import dataclass
 from ...plan.ids.format import MOST_EXPERTS
 from ..desk.config_file import STRICT, checked, read_toml, refusal
 
-MOST_RANKS = 4096
+MOST_RANKS, MOST_SEQUENCE_RANKS = 4096, 64  # every rank of a sequence is planned by itself
 Dtype = Literal["float64", "float32", "bfloat16", "float16"]
 
 
@@ -51,12 +51,29 @@ class Cluster:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
+class AttentionDims:
+    """Causal attention of one sequence over ranks. ``window``: keys before its own that a query sees, 0 for all.
+    ``documents``: their lengths; none for one document. ``tflop_s``: 1e12 operations per second of a rank."""
+
+    heads: int = Field(ge=1, le=2**16, examples=[64])
+    kv_heads: int = Field(ge=1, le=2**16, examples=[8])
+    width: int = Field(ge=1, le=2**16, examples=[128])
+    value_width: int = Field(ge=1, le=2**16, examples=[128])
+    length: int = Field(ge=1, le=2**31, examples=[131072])
+    ranks: int = Field(ge=1, le=MOST_SEQUENCE_RANKS, examples=[16])
+    window: int = Field(default=0, ge=0, le=2**31, examples=[128])
+    documents: tuple[int, ...] = Field(default=(), examples=[[4096, 1024]])
+    tflop_s: float = Field(gt=0, le=1e9, examples=[400.0])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
 class PlanConfig:
-    """All of a plan."""
+    """All of a plan. Without a table ``attention``, of the MoE layer only."""
 
     model: ModelDims = Field(description="a table", examples=["[model]"])
     load: Load = Field(description="a table", examples=["[load]"])
     cluster: Cluster = Field(description="a table", examples=["[cluster]"])
+    attention: AttentionDims | None = Field(default=None, description="a table", examples=["[attention]"])
 
 
 def load_plan_config(path: Path, changes: Mapping[str, Mapping[str, Any]]) -> PlanConfig:
@@ -70,6 +87,8 @@ def load_plan_config(path: Path, changes: Mapping[str, Mapping[str, Any]]) -> Pl
     """
     table = read_toml(path)
     for name, values in changes.items():
+        if not values:
+            continue
         if isinstance(table.setdefault(name, {}), dict):
             table[name] |= values
     config = checked(PlanConfig, table, path)
@@ -96,4 +115,21 @@ def _broken_rules(config: PlanConfig) -> list[str]:
         )
     if cluster.ranks > MOST_RANKS:
         problems.append(f"cluster.nodes x ranks_per_node is {cluster.ranks} ranks; plan for at most {MOST_RANKS}")
+    if config.attention is not None:
+        problems += _broken_rules_of(config.attention)
+    return problems
+
+
+def _broken_rules_of(attention: AttentionDims) -> list[str]:
+    problems = []
+    if attention.heads % attention.kv_heads:
+        problems.append(
+            f"attention.kv_heads is {attention.kv_heads}, but there are {attention.heads} query heads; it has to "
+            "divide them"
+        )
+    if attention.documents and (min(attention.documents) < 1 or sum(attention.documents) > attention.length):
+        problems.append(
+            f"attention.documents are {sum(attention.documents)} tokens, the shortest of "
+            f"{min(attention.documents)}; each has at least 1, and all at most attention.length, {attention.length}"
+        )
     return problems

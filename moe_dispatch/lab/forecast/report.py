@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -45,15 +46,17 @@ def write_plan(
     configs: Sequence[PlanConfig],
     predictions: Sequence[Prediction],
     crossing: Crossing,
+    more: Mapping[str, Any],
     *,
     origin: Mapping[str, str],
 ) -> None:
-    """Where it was made, the configs, one for each number of nodes, and every number."""
+    """Where it was made, the configs, one for each number of nodes, and every number; ``more``: of other parts."""
     document = {
         **origin,
         "configs": [asdict(config) for config in configs],  # pyright: ignore[reportArgumentType]
         "predictions": [asdict(each) for each in predictions],
         "counts_first": asdict(crossing),
+        **more,
     }
     write_json(path, document)
 
