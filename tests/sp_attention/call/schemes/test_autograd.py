@@ -24,12 +24,10 @@ RANKS, SHAPES = 4, ((4, 6), (2, 6), (2, 4), (4, 4))  # of q, k, v and the gradie
 Call = Callable[..., Tensor]
 SCHEMES = [
     Scheme.gather(),
-    Scheme.gather(keep=True, chunk=3),
-    Scheme.ring(keep=True),
-    Scheme.ring(chunk=3),
+    Scheme.ring(keep=True, chunk=4),
     Scheme.two_dimensional(head_ranks=2),
-    Scheme.two_dimensional(head_ranks=2, keys="ring", keep=True, offload=True, chunk=3),
-    Scheme.ulysses(offload=True, chunk=3),
+    Scheme.two_dimensional(head_ranks=2, keys="ring", keep=True, offload=True, chunk=4),
+    Scheme.ulysses(offload=True, chunk=7),
 ]
 
 
