@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from moe_dispatch.judge.results import QUANTITIES, Difference
+from moe_dispatch.lab.bench.contenders.named import contenders_of
 from moe_dispatch.lab.bench.report import Setting, print_bench
 from moe_dispatch.lab.bench.results import Line, Traffic, WorkloadResult
 from moe_dispatch.lab.desk.console import WIDTH
@@ -148,3 +149,60 @@ def test_pages_show_the_table_of_bench() -> None:
     in_readme = [line for line in lines_of(README) if NUMBERS.fullmatch(line)]
     assert len(in_readme) == 3
     assert set(in_readme) <= set(shown)
+
+
+ATTENTION = re.compile(
+    r"(?P<workload>4096|8192|window|) +(?P<name>(torch |)(Ulysses|gather|ring|2-D)( zigzag|)|textbook|floor) +"
+    r"(-|(?P<f>[\d.]+) +[\d.]+ +(?P<b>[\d.]+) \((?P<b_least>[\d.]+)\) +[\d.]+ +(?P<core>[\d.]+) +(?P<fullest>[\d.]+)"
+    r"( +(?P<sent>[\d.]+ \+ [\d.]+) +(?P<calls>\d \+ \d) +(?P<kept>[\d.]+) +(?P<peak>[\d.]+))?)"
+)
+
+
+def line_of_attention(match: re.Match[str]) -> Line:
+    if not match["f"]:
+        return Line(name=match["name"], absent="cannot")
+    forward, both, least, core, fullest = (float(match[key]) for key in ("f", "b", "b_least", "core", "fullest"))
+    line = Line(
+        name=match["name"],
+        forward_ms=(forward,),
+        both_ms=(least, both, both),
+        processor_ms=((core * fullest,), (core * (2 - fullest),)),  # of two ranks
+    )
+    if not match["sent"]:
+        return line
+    sent, calls = (match[key].split(" + ") for key in ("sent", "calls"))
+    traffic = [
+        Traffic(collectives=int(call), wire_bytes=0, all_ranks_bytes=round(float(moved) * 1e6), host_syncs=0)
+        for moved, call in zip(sent, calls, strict=True)
+    ]
+    kept, peak = (round(float(match[key]) * 1e6) for key in ("kept", "peak"))
+    return replace(line, forward=traffic[0], backward=traffic[1], kept_bytes=kept, peak_bytes=peak)
+
+
+def test_pages_show_the_table_of_attention() -> None:
+    """All contenders of each workload of the packaged config; but for ratios of times, as above."""
+    shown = lines_of(BENCH)
+    workloads: list[tuple[str, list[Line]]] = []
+    for match in filter(None, map(ATTENTION.fullmatch, shown)):
+        if match["workload"]:
+            workloads.append((match["workload"], []))
+        if workloads:  # the table of exchanges has a textbook and floors, too
+            workloads[-1][1].append(line_of_attention(match))
+    assert [name for name, _ in workloads] == ["4096", "8192", "window"]
+    for _, lines in workloads:
+        assert [line.name for line in lines] == [*contenders_of("attention", ""), "floor"]
+    results = [WorkloadResult(name=name, kind="attention", shape="", lines=tuple(lines)) for name, lines in workloads]
+    console = Console(file=io.StringIO(), width=WIDTH)
+    print_bench(console, Setting(torch="", cores=2, load_average=0.0, repeat=5), results)
+    table = [line for line in printed(console) if line.startswith("workload") or ATTENTION.fullmatch(line)]
+    assert len(table) == 1 + sum(len(lines) for _, lines in workloads)
+
+    def without_ratios(line: str) -> str:
+        """The second and the fourth number."""
+        return re.sub(
+            r"([\d.]+ +)([\d.]+)( +[\d.]+ \([\d.]+\) +)([\d.]+)",
+            lambda m: f"{m[1]}{'~' * len(m[2])}{m[3]}{'~' * len(m[4])}",
+            line,
+        )
+
+    assert set(map(without_ratios, table)) <= set(map(without_ratios, shown))

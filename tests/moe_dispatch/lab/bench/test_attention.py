@@ -23,13 +23,13 @@ TORCH = [name for name in NAMES if name.startswith("torch ")]
 
 
 def lines_of(ranks: RankPool | RankThreads, config: AttentionConfig, adapter: str = "") -> dict[str, Line]:
-    of_ranks = ranks.run(measure, config.ranks, config, adapter, 2, False)
+    of_ranks = ranks.run(measure, config.ranks, config, adapter, 2, False, timeout=200)
     lines = [largest(list(of_name)) for of_name in zip(*(lines for lines, _ in of_ranks), strict=True)]
     return {line.name: line for line in lines}
 
 
 def test_all_are_right_and_timed_and_a_wrong_one_is_refused(rank_pool: RankPool) -> None:
-    lines = lines_of(rank_pool, CAUSAL, f"{ADAPTERS}:TakesZigzagForContiguous")
+    lines = lines_of(rank_pool, replace(CAUSAL, ranks=2, seq=16), f"{ADAPTERS}:TakesZigzagForContiguous")
     refused = lines.pop("TakesZigzagForContiguous")
     assert refused.wrong
     assert re.match(r"rank \d: the output is off by ", refused.absent)
@@ -37,18 +37,18 @@ def test_all_are_right_and_timed_and_a_wrong_one_is_refused(rank_pool: RankPool)
     for line in lines.values():
         assert (line.absent, line.wrong) == ("", False)
         assert len(line.both_ms) == 2
-        assert [len(of_rank) for of_rank in line.processor_ms] == [2] * 4
+        assert [len(of_rank) for of_rank in line.processor_ms] == [2] * 2
         assert min(line.processor_ms_of_rank) > 0
-        assert 1 <= line.fullest_rank <= 4
-    # all ranks: 4 x 2 x 8 tokens, of 8 heads there and back and of 4 heads of keys and of values, 3 in 4 of them
-    sent = 4 * 2 * 8 * (8 + 8 + 4 + 4) * 4 * 8 * 3 // 4
+        assert 1 <= line.fullest_rank <= 2
+    # both ranks: 2 x 2 x 8 tokens, of 8 heads there and back and of 4 heads of keys and of values, half of them
+    sent = 2 * 2 * 8 * (8 + 8 + 4 + 4) * 4 * 8 // 2
     textbook, torch_ring = lines["textbook"], lines["torch ring zigzag"]
     assert textbook.forward is not None
     assert textbook.backward is not None
     assert textbook.forward.all_ranks_bytes == textbook.backward.all_ranks_bytes == sent
-    assert textbook.forward.wire_bytes == sent // 4
+    assert textbook.forward.wire_bytes == sent // 2
     assert torch_ring.forward is not None
-    assert torch_ring.forward.all_ranks_bytes == 4 * 2 * 8 * (4 + 4) * 4 * 8 * 3
+    assert torch_ring.forward.all_ranks_bytes == 2 * 2 * 8 * (4 + 4) * 4 * 8
     assert lines["floor"].forward is None
 
 

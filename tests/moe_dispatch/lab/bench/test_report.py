@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from moe_dispatch.lab.bench.plot import write_plot
+from moe_dispatch.lab.bench.plot import contenders_in, style_of, write_plot
 from moe_dispatch.lab.bench.report import Setting, print_bench
 from moe_dispatch.lab.bench.results import Line, Traffic, WorkloadResult, largest
 from moe_dispatch.lab.desk.console import output_console
@@ -83,3 +83,16 @@ def test_a_plot_without_a_finished_workload_says_so(tmp_path: Path) -> None:
     path = tmp_path / "out.svg"
     write_plot(path, [WorkloadResult(name="x", kind="dispatch", shape="", error="it broke")])
     assert "no workload ran to its end" in path.read_text()
+
+
+def test_a_plot_tells_more_contenders_apart_than_there_are_colours(tmp_path: Path) -> None:
+    timed = [Line(name=f"contender {i}", forward_ms=(2.0,), both_ms=(3.0,)) for i in range(13)]
+    floor = Line(name="floor", forward_ms=(1.0,), both_ms=(1.0,))
+    absent = Line(name="absent", absent="cannot")
+    results = [WorkloadResult(name="x", kind="attention", shape="", lines=(*timed, absent, floor))]
+    names = contenders_in(results)
+    assert names == [line.name for line in timed]
+    assert len({style_of(place) for place in range(len(names))}) == 13
+    path = tmp_path / "out.svg"
+    write_plot(path, results)
+    assert all(f"<!-- {name} -->" in path.read_text() for name in (*names, "floor"))
