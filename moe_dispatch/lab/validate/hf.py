@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from ...judge.subject import Subject
 from . import EVERY_TYPE
+from .config.spreading import BY_ULYSSES
 from .config.tables import HfConfig
 from .rows import Row
 
@@ -114,5 +115,14 @@ def _rows(config: HfConfig, source: HfSource, prefix: str) -> tuple[Sequence[Row
             left_out.append(f"{name} is left out: {problem}")
             continue
         special = ", ".join(row.special())
-        rows.append(Row(name=name, source=of_row, layout=row.layout, one_head=False, special=special))
+        rows.append(
+            Row(
+                name=name,
+                source=of_row,
+                layout=row.layout,
+                one_head=False,
+                spreading=BY_ULYSSES,
+                special=special,
+            )
+        )
     return rows, left_out

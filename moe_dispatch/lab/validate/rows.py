@@ -6,6 +6,7 @@ from typing import Protocol
 
 from ...judge.layout import Layout
 from ...judge.subject import Subject
+from .config.spreading import Spreading
 
 
 class Source(Hashable, Protocol):
@@ -32,6 +33,7 @@ class Row:
     Attributes:
         name: of the row.
         one_head: whether its attention has no second head, as far as is known.
+        spreading: of its attention over "sp", as far as is known.
         special: how its data or model are unlike those of other rows of its shape, in words; mostly empty.
     """
 
@@ -39,6 +41,7 @@ class Row:
     source: Source
     layout: Layout
     one_head: bool
+    spreading: Spreading
     special: str
 
     @property

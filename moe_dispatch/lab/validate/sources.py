@@ -4,13 +4,14 @@ import hashlib
 import importlib
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from ...judge.subject import Subject, problem_of_subject
+from .config.spreading import BY_ULYSSES, Spreading
 from .config.tables import ModelConfig, SubjectConfig, ValidateConfig
 from .debug_model.subject import DebugSubject
 from .rows import Row
@@ -24,6 +25,7 @@ class DebugSource:
 
     config: ModelConfig
     seed: int
+    spreading: Spreading = field(compare=False)  # one process has none
 
     @property
     def is_users(self) -> bool:
@@ -34,7 +36,7 @@ class DebugSource:
         return "the debug model"
 
     def load(self) -> Subject:
-        return DebugSubject(config=self.config, seed=self.seed)
+        return DebugSubject(config=self.config, seed=self.seed, spreading=self.spreading)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +86,12 @@ def debug_rows(config: ValidateConfig) -> list[Row]:
         rows.append(
             Row(
                 name=row.name,
-                source=DebugSource(config=replace(config.model, heads=row.heads), seed=config.train.seed),
+                source=DebugSource(
+                    config=replace(config.model, heads=row.heads), seed=config.train.seed, spreading=row.spreading
+                ),
                 layout=row.layout,
                 one_head=row.heads == 1,
+                spreading=row.spreading,
                 special=", ".join([*heads, *row.special()]),
             )
         )
@@ -96,7 +101,14 @@ def debug_rows(config: ValidateConfig) -> list[Row]:
 def rows_of_user(config: SubjectConfig, source: UserSource) -> Sequence[Row]:
     """The rows of a user's subject."""
     return [
-        Row(name=row.name, source=source, layout=row.layout, one_head=False, special=", ".join(row.special()))
+        Row(
+            name=row.name,
+            source=source,
+            layout=row.layout,
+            one_head=False,
+            spreading=BY_ULYSSES,
+            special=", ".join(row.special()),
+        )
         for row in config.rows
     ]
 

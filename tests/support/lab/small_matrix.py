@@ -63,7 +63,8 @@ def default_corpus(config: ValidateConfig) -> Corpus:
 
 
 def row(name: str, **values) -> DebugRowConfig:
-    return DebugRowConfig(**{"name": name, "batch": 3, "seq": 17, "heads": 2, **values})
+    keep = "scheme" not in values
+    return DebugRowConfig(**{"name": name, "batch": 3, "seq": 17, "heads": 2, "keep": keep, **values})
 
 
 def small_config(*rows: DebugRowConfig, ranks: int = 4, dtypes: tuple[str, ...] = ("float64",)) -> ValidateConfig:

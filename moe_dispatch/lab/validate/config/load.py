@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 
 from ...desk.config_file import checked, read_toml, refusal
 from .rules import broken_rules, broken_rules_of_matrix
-from .tables import HfConfig, SubjectConfig, ValidateConfig
+from .tables import ULYSSES, HfConfig, SubjectConfig, ValidateConfig
 
 Matrix = TypeVar("Matrix", SubjectConfig, HfConfig)
 
@@ -15,13 +15,15 @@ DEFAULT_OF_DEBUG_ROW = (*DEFAULT_OF_ROW, ("heads", "model"))
 
 
 def load_config(path: Path) -> ValidateConfig:
-    """The config of a TOML file, of the debug model; a row without ``batch`` or ``seq`` takes those of ``[train]``.
+    """The config of a TOML file, of the debug model; a row without ``batch`` or ``seq`` takes those of ``[train]``,
+    without ``keep`` what its scheme does by default.
 
     Raises:
         ConfigError: a file that cannot be read, is no TOML, or breaks rules, which are then all listed.
     """
     table = read_toml(path)
     _fill_rows(table, DEFAULT_OF_DEBUG_ROW)
+    _fill_keep(table)
     config = checked(ValidateConfig, table, path, entry="row")
     if problems := broken_rules(config):
         raise refusal(path, problems)
@@ -55,3 +57,10 @@ def _fill_rows(table: dict[str, Any], defaults: tuple[tuple[str, str], ...]) -> 
                 value = values.get(key) if isinstance(values, dict) else None
                 # 1 in place of a wrong value: that is then one problem, of its own table
                 row.setdefault(key, value if type(value) is int and value >= 1 else 1)
+
+
+def _fill_keep(table: dict[str, Any]) -> None:
+    rows = table.get("rows")
+    for row in rows if isinstance(rows, list) else []:
+        if isinstance(row, dict):
+            row.setdefault("keep", row.get("scheme", ULYSSES) == ULYSSES)

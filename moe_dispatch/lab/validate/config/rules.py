@@ -3,10 +3,13 @@
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from itertools import accumulate
+from math import gcd
 from typing import Any
 
 from ....judge.layout import CONTIGUOUS, STRIPED
+from .spreading import CU_SEQLENS, MASK
 from .tables import (
+    TWO_DIMENSIONAL,
     DebugRowConfig,
     HfConfig,
     HfRowConfig,
@@ -122,6 +125,25 @@ def _of_debug_row(row: DebugRowConfig, config: ValidateConfig) -> Iterator[str]:
                 f"set {key} = {value + row.tp - value % row.tp}, or another tp"
             )
     yield from _of_packing(row)
+    yield from _of_spreading(row)
+
+
+def _of_spreading(row: DebugRowConfig) -> Iterator[str]:
+    of_two = {"head_ranks": row.head_ranks > 1, "keys": row.keys != "gather"}
+    for key in (key for key, is_set in of_two.items() if is_set and row.scheme != TWO_DIMENSIONAL):
+        yield (
+            f"{key} is {getattr(row, key)!r} in the scheme {row.scheme!r}, which has none to choose; leave it out, "
+            f'or set scheme = "{TWO_DIMENSIONAL}"'
+        )
+    if row.scheme == TWO_DIMENSIONAL and row.sp % row.head_ranks:
+        yield (
+            f"head_ranks is {row.head_ranks}; so many of the sp = {row.sp} ranks are a team, and it has to divide "
+            f"sp: e.g. head_ranks = {gcd(row.sp, row.head_ranks)}"
+        )
+    if row.documents_as == MASK and not row.documents:
+        yield f'documents_as is "{MASK}" without documents; leave it out ("{CU_SEQLENS}"), or set documents'
+    if row.nan_padding and row.documents_as == MASK:
+        yield f'nan_padding is true with documents_as = "{MASK}", which a NaN goes through; leave out one of them'
 
 
 def _of_subject_row(row: SubjectRowConfig) -> Iterator[str]:

@@ -6,12 +6,17 @@ from typing import Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from sp_attention import Scheme
+from sp_attention.work.scheme import NO_BOUND
+
 from ....judge.layout import CONTIGUOUS, Layout
 from ....plan.ids.format import MOST_EXPERTS
 from ...desk.config_file import STRICT
+from .spreading import CU_SEQLENS, Spreading
 
 MOST_RANKS = 1024
 MOST_WIDTH = 2**20  # what is below may still not fit in memory, which the run says
+ULYSSES, TWO_DIMENSIONAL = "ulysses", "two_dimensional"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
@@ -86,7 +91,7 @@ class RowConfig:
         default=(), description="a list of [tokens, places]", examples=["[[40, 48], [50, 50]]"]
     )
     window: int = Field(default=-1, ge=-1, le=MOST_WIDTH, examples=[-1])
-    order: Literal["contiguous", "zigzag", "striped"] = Field(default=CONTIGUOUS, examples=['"zigzag"'])
+    order: Literal["contiguous", "zigzag", "striped"] = Field(default=CONTIGUOUS, examples=["zigzag"])
     stripe: int = Field(default=1, ge=1, le=MOST_WIDTH, examples=[8])
 
     @property
@@ -142,9 +147,28 @@ class HfRowConfig(SubjectRowConfig):
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
 class DebugRowConfig(RowConfig):
-    """A row of the debug model, with the number of its heads."""
+    """A row of the debug model, with the number of its heads, and the scheme of its attention: see ``Scheme``.
+
+    ``head_ranks`` and ``keys`` are those of "two_dimensional". ``documents_as`` is what attention gets that says
+    where documents are; with ``nan_padding`` what it gets is NaN at padding between them.
+    """
 
     heads: int = Field(ge=1, le=1024, examples=[4])
+    scheme: Literal["ulysses", "gather", "ring", "two_dimensional"] = Field(default=ULYSSES, examples=["ring"])
+    head_ranks: int = Field(default=1, ge=1, le=MOST_RANKS, examples=[2])
+    keys: Literal["gather", "ring"] = Field(default="gather", examples=["ring"])
+    chunk: int = Field(default=NO_BOUND, ge=1, le=NO_BOUND, examples=[64])
+    keep: bool = Field(examples=["true"])
+    documents_as: Literal["cu_seqlens", "mask"] = Field(default=CU_SEQLENS, examples=["mask"])
+    nan_padding: bool = Field(default=False, examples=["true"])
+
+    @property
+    def spreading(self) -> Spreading:
+        make, bounds = getattr(Scheme, self.scheme), {"keep": self.keep, "chunk": self.chunk}
+        of_two = {"head_ranks": self.head_ranks, "keys": self.keys} if self.scheme == TWO_DIMENSIONAL else {}
+        return Spreading(
+            scheme=make(**of_two, **bounds), documents_as=self.documents_as, nan_padding=self.nan_padding
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
-from sp_attention import Batch, ShardedBatch, shard_batch, shift_labels, ulysses_attention
+from sp_attention import Batch, ShardedBatch, attention_over_ranks, shard_batch, shift_labels
 from sp_attention.reference import reference_attention
 
 from .... import ParallelMesh, Partition, TokenSharding, gather_tokens, place_tokens
 from ....internals import check_is_group
+from ..config.spreading import MASK, Spreading
 from .packing import Packing
 
 
@@ -126,6 +127,7 @@ class OnMesh:
         region: those of my sequence rank, over "tp".
         ep_tokens: the tokens of my expert-parallel group.
         packing: where the documents lie.
+        spreading: of attention over "sp".
         dense: the mesh.
     """
 
@@ -137,10 +139,11 @@ class OnMesh:
     region: TokenSharding
     ep_tokens: TokenSharding
     packing: Packing
+    spreading: Spreading
     dense: DeviceMesh
 
     @classmethod
-    def of(cls, mesh: ParallelMesh, *, whole_rows: TokenSharding, packing: Packing) -> "OnMesh":
+    def of(cls, mesh: ParallelMesh, *, whole_rows: TokenSharding, packing: Packing, spreading: Spreading) -> "OnMesh":
         """Rows balanced over "dp"; the places of ``whole_rows`` over "sp", and those of each rank balanced over "tp":
         uneven, and empty where there are too few."""
         device = mesh.dense.device_type
@@ -159,6 +162,7 @@ class OnMesh:
             region=TokenSharding(batch=mine, seq=Partition.balanced(length, tp.size())),
             ep_tokens=tokens.select(mesh.ep_ranks),
             packing=packing.to(device),
+            spreading=spreading,
             dense=mesh.dense,
         )
 
@@ -205,10 +209,24 @@ class OnMesh:
         return self.region.shard(self.local(x_uV).unflatten(0, self.region_shape), self.tp.get_local_rank())
 
     def attend(self, q_bmnH: Tensor, k_bmnH: Tensor, v_bmnH: Tensor) -> Tensor:
-        group = self.dense.get_group("sp")
-        return ulysses_attention(
-            q_bmnH, k_bmnH, v_bmnH, sharding=self.regions, group=group, is_causal=True, **self.packing.options
+        by_mask = self.spreading.documents_as == MASK
+        if self.spreading.nan_padding:
+            q_bmnH, k_bmnH, v_bmnH = map(self._with_nan_at_padding, (q_bmnH, k_bmnH, v_bmnH))
+        return attention_over_ranks(
+            q_bmnH,
+            k_bmnH,
+            v_bmnH,
+            sharding=self.regions,
+            group=self.dense.get_group("sp"),
+            scheme=self.spreading.scheme,
+            is_causal=True,
+            **(self.packing.options_by_mask if by_mask else self.packing.options),
         )
+
+    def _with_nan_at_padding(self, x_bmnH: Tensor) -> Tensor:
+        """Added, so that a gradient there is not lost: it has to be 0."""
+        nan_bL = self.packing.nan_of_place_L.to(x_bmnH.dtype).expand(self.regions.global_shape)
+        return x_bmnH + self.regions.shard(nan_bL, self.dense["sp"].get_local_rank())[..., None, None]
 
     def run_moe(self, moe: nn.Module, x_blD: Tensor) -> tuple[Tensor, Tensor]:
         return moe(x_blD, sharding=self.ep_tokens)

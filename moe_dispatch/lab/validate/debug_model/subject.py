@@ -15,6 +15,7 @@ from .... import GroupedExperts, MoE, ParallelMesh, TokenSharding, TopKRouter, s
 from ....judge.layout import Layout
 from ....judge.subject import Outcome
 from ....reference import ReferenceMoE, reference_balance_loss
+from ..config.spreading import Spreading
 from ..config.tables import ModelConfig
 from .layout import OneProcess, OnMesh, everyone
 from .model import DebugModel
@@ -29,10 +30,12 @@ class DebugSubject:
     Attributes:
         config: of the model.
         seed: of its weights.
+        spreading: of its attention over "sp".
     """
 
     config: ModelConfig
     seed: int
+    spreading: Spreading
 
     def whole(self, layout: Layout) -> DebugModel:
         """From the seed, in float64."""
@@ -66,7 +69,7 @@ class DebugSubject:
         for module in model.modules():
             if isinstance(module, MoE):
                 module.update_bias(self.config.bias_rate, everyone())
-        places = OnMesh.of(mesh, whole_rows=layout.sharding, packing=packing_of(layout))
+        places = OnMesh.of(mesh, whole_rows=layout.sharding, packing=packing_of(layout), spreading=self.spreading)
         batch = places.my_batch(token_BL)
         logits_blV, scores = model(batch.token_Bl, places)
         # Each rank has a share of both losses, that of its own tokens.

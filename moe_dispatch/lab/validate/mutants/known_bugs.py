@@ -1,6 +1,6 @@
 """Bugs that this field has shipped: functions from the right code to the wrong one, for ``mutants.py`` only."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -11,8 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sp_attention import Batch, MeanLoss, ShardedBatch
+from sp_attention.attend.documents import Documents
 from sp_attention.batch.shard import CompletedBatch
+from sp_attention.blocks.pieces import Piece
 from sp_attention.call.inputs import AttentionInputs
+from sp_attention.call.options import Given as GivenOptions
+from sp_attention.spread.backward import Backward
+from sp_attention.spread.moves import Part, Side
+from sp_attention.work.plan import RankWork
+from sp_attention.work.runs import Runs
+from sp_attention.work.scheme import Keys
 
 from .... import GroupedExperts, MoE, TokenSharding, TopKRouter
 from ....layer.given import Given
@@ -148,6 +156,59 @@ def window_of_local_length(right: Right) -> Wrong:
 
 def kv_heads_rolled(right: Right) -> Wrong:
     return lambda heads, x_BlGH: right(heads, x_BlGH.roll(1, dims=2))
+
+
+def lse_left_out(_right: Right) -> Wrong:
+    def merge(out_BnLH: Tensor, lse_BnL: Tensor, part_BnLH: Tensor, part_lse_BnL: Tensor) -> None:
+        out_BnLH += part_BnLH
+        lse_BnL.copy_(torch.logaddexp(lse_BnL, part_lse_BnL))
+
+    return merge
+
+
+def closed_row_believed(right: Right) -> Wrong:
+    def merge(out_BnLH: Tensor, lse_BnL: Tensor, part_BnLH: Tensor, part_lse_BnL: Tensor) -> None:
+        # What torch's CPU kernel says of such a row.
+        right(out_BnLH, lse_BnL, part_BnLH, part_lse_BnL.masked_fill(part_lse_BnL == -torch.inf, 0.0))
+
+    return merge
+
+
+def remote_dkv_dropped(right: Right) -> Wrong:
+    def part(
+        backward: Backward, side: Side, turn: int, grads: Sequence[Tensor], homes: Sequence[Tensor]
+    ) -> Part:  # they travel all the same
+        is_of_keys = side is backward.moves.keys
+        return right(backward, side, turn, [grad * (not is_of_keys) for grad in grads], homes)
+
+    return part
+
+
+def block_twice(right: Right) -> Wrong:
+    def tiles(block: Piece, chunk: int) -> Iterator[Piece]:
+        for tile in right(block, chunk):
+            yield from [tile] * (2 if tile.k_place == 0 else 1)
+
+    return tiles
+
+
+def padding_attended_in_ring(right: Right) -> Wrong:
+    def work_of(
+        inputs: AttentionInputs, given: GivenOptions, documents: Documents | None, *, at_once: bool
+    ) -> RankWork:
+        if documents is not None and inputs.scheme.keys is Keys.RING:
+            documents = replace(documents, ends=documents.starts)
+        return right(inputs, given, documents, at_once=at_once)
+
+    return work_of
+
+
+def chunk_border_off_by_one(right: Right) -> Wrong:
+    def in_blocks(runs: Runs, most: int) -> list[Runs]:
+        blocks: list[Runs] = right(runs, most)
+        return blocks[:1] + [((start + 1, stop), *rest) for (start, stop), *rest in blocks[1:]]
+
+    return in_blocks
 
 
 def labels_shifted_in_shard(right: Right) -> Wrong:

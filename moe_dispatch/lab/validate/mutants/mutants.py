@@ -11,6 +11,9 @@ from types import MappingProxyType
 from typing import Any
 from unittest.mock import patch
 
+from sp_attention.work.scheme import Keys
+
+from ..config.spreading import CU_SEQLENS, MASK
 from ..rows import Row
 from . import known_bugs as bugs
 
@@ -28,11 +31,27 @@ def _tensor_parallel(row: Row) -> bool:
 
 
 def _attention_cut(row: Row) -> bool:
-    return row.layout.sp > 1 and not row.one_head
+    return row.layout.sp > 1 and not row.one_head and row.spreading.is_ulysses
+
+
+def _in_blocks(row: Row) -> bool:
+    return row.layout.sp > 1 and row.layout.seq > 1 and not row.spreading.is_ulysses
+
+
+def _closed_in_a_block(row: Row) -> bool:
+    return _in_blocks(row) and row.spreading.documents_as == MASK
+
+
+def _in_chunks(row: Row) -> bool:
+    return _in_blocks(row) and row.spreading.scheme.chunk < row.layout.seq
+
+
+def _padded_in_a_ring(row: Row) -> bool:
+    return _padded(row) and row.layout.sp > 1 and row.spreading.scheme.keys is Keys.RING
 
 
 def _windowed(row: Row) -> bool:
-    return row.layout.sp > 1 and 0 <= row.layout.window < row.layout.seq
+    return row.layout.sp > 1 and 0 <= row.layout.window < row.layout.seq and row.spreading.is_ulysses
 
 
 def _in_another_order(row: Row) -> bool:
@@ -40,7 +59,9 @@ def _in_another_order(row: Row) -> bool:
 
 
 def _padded(row: Row) -> bool:
-    return any(tokens < places for tokens, places in row.layout.documents)
+    """With padding that attention knows of, and that breaks nothing off where it is attended to, as NaN does."""
+    is_known = row.spreading.documents_as == CU_SEQLENS and not row.spreading.nan_padding
+    return is_known and any(tokens < places for tokens, places in row.layout.documents)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,6 +149,18 @@ _TABLE = (
      "sp_attention.call.ulysses:attend_or_zeros", bugs.window_of_local_length, _windowed),
     ("kv-heads-rolled", "key/value heads go to the wrong query heads",
      "sp_attention.wire.heads:GroupedHeads.kv_by_rank", bugs.kv_heads_rolled, _attention_cut),
+    ("lse-left-out", "blocks of keys added up without their log-sum-exp",
+     "sp_attention.blocks.walk:merge", bugs.lse_left_out, _in_blocks),
+    ("closed-row-believed", "0 believed as the log-sum-exp of a row without a key in a block",
+     "sp_attention.blocks.walk:merge", bugs.closed_row_believed, _closed_in_a_block),
+    ("remote-dkv-dropped", "dK and dV of other ranks' blocks dropped",
+     "sp_attention.spread.backward:Backward._part", bugs.remote_dkv_dropped, _in_blocks),
+    ("block-twice", "the first block of keys counted twice",
+     "sp_attention.blocks.walk:tiles", bugs.block_twice, _in_blocks),
+    ("padding-attended-in-ring", "padding between packed documents is attended to in ring schemes only",
+     "sp_attention.call.over_ranks:work_of", bugs.padding_attended_in_ring, _padded_in_a_ring),
+    ("chunk-border-off-by-one", "each chunk but the first begins one place late",
+     "sp_attention.work.turns:in_blocks", bugs.chunk_border_off_by_one, _in_chunks),
     ("labels-shifted-in-shard", "labels shifted inside each shard, whose last token then has no target",
      "sp_attention.batch.shard:CompletedBatch.part", bugs.labels_shifted_in_shard, _cut),
     ("loss-averaged-per-rank", "the mean over ranks of each rank's mean loss",

@@ -86,7 +86,7 @@ def print_rows(console: Console, config: MatrixConfig, rows: Sequence[Row], *, n
     table = FittingTable("row", MESH, "B x L", "data", first_to_go=("data", "B x L", MESH))
     for row in rows:
         layout = row.layout
-        data = ", ".join(filter(None, (row.special, _spread(layout))))
+        data = ", ".join(filter(None, (row.special, _spread(layout), row.spreading.told)))
         table.add_row(Text(row.name), _mesh(layout.mesh), f"{layout.batch} x {layout.seq}", data)
     table.print(console)
     runs = f"{len(rows)} row{'' if len(rows) == 1 else 's'} in {' and '.join(config.dtypes)}"

@@ -36,7 +36,7 @@ def test_all_rows_run_in_every_dtype_against_one_reference_per_shape(
 
 def test_default_config_is_the_debug_model(script: Script) -> None:
     assert cli.main(["validate"]) == 0
-    assert len(script.calls) == 2 * 32
+    assert len(script.calls) == 2 * 41
     assert script.launches == {(4, 300.0)}
     assert script.references[:3] == [(3, 129, "float32"), (1, 129, "float32"), (3, 3, "float32")]
 

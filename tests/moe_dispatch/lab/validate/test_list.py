@@ -19,17 +19,19 @@ def listed(capsys: pytest.CaptureFixture[str], *argv: str) -> list[str]:
 def test_rows_are_listed_with_their_layout_and_none_runs(script: Script, capsys: pytest.CaptureFixture[str]) -> None:
     head, _, *rows, last = listed(capsys)
     assert head == "row dp sp tp ep B x L data"
-    assert len(rows) == 32
+    assert len(rows) == 41
     for row in (
         "FSDP2 x4 4 1 1 1 3 x 129",
-        "SP4, packed 1 4 1 1 1 x 129 5 documents",
+        "SP4, packed 1 4 1 1 1 x 129 5 documents, NaN at padding",
         "SP4, 2 heads 1 4 1 1 3 x 129 2 heads",
         "SP4 + EP4, window 40 1 4 1 4 3 x 129 window 40",
         "FSDP2 x SP2 + EP4, zigzag 2 2 1 4 3 x 129 zigzag",
         "TP2 x SP2 + EP4, striped 1 2 2 4 1 x 129 5 documents, stripes of 8",
+        "2-D ring, packed, keep 1 4 1 4 1 x 129 5 documents, scheme with 2 to the heads, keys ring, kept",
+        "TP2 x ring2 + EP4 1 2 2 4 3 x 129 scheme with 1 to the heads, keys ring",
     ):
         assert row in rows
-    assert last == "32 rows in float32 and float64, each on 4 ranks"
+    assert last == "41 rows in float32 and float64, each on 4 ranks"
     assert (script.calls, script.references, script.launches) == ([], [], set())
 
 

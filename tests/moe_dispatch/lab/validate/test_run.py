@@ -38,6 +38,10 @@ ROWS = (
     row("sp4 ep2, L = 3", sp=4, ep=2, seq=3),
     row("dp2 sp2 ep4, packed, striped", dp=2, sp=2, ep=4, order="striped", stripe=2, **PACKED),
     row("sp4 ep4, 1 head, window", sp=4, ep=4, heads=1, window=6),
+    row("tp2 gather2 ep4, NaN", tp=2, sp=2, ep=4, scheme="gather", nan_padding=True, order="zigzag", **PACKED),
+    row(
+        "2-D ring, kept, zigzag", sp=4, scheme="two_dimensional", head_ranks=2, keys="ring", keep=True, order="zigzag"
+    ),
 )
 
 
@@ -136,7 +140,8 @@ class AnotherSeed:
     is_users = False
 
     def load(self) -> DebugSubject:
-        return DebugSubject(config=self.source.config, seed=self.source.seed + 1)
+        source = self.source
+        return DebugSubject(config=source.config, seed=source.seed + 1, spreading=source.spreading)
 
 
 def run_row_with_another_seed(rank: int, config: MatrixConfig, row: Row, *args: Any) -> RowResult:

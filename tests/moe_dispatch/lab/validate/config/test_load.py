@@ -8,6 +8,9 @@ import pytest
 
 from moe_dispatch.lab.desk.config_file import ConfigError
 from moe_dispatch.lab.validate.config.load import load_config
+from moe_dispatch.lab.validate.config.spreading import CU_SEQLENS, MASK, Spreading
+from sp_attention import Scheme
+from sp_attention.work.scheme import Keys
 from tests.support.lab.config_problems import problems_of
 from tests.support.lab.configs import CONFIGS, TINY_TEXT
 
@@ -41,6 +44,43 @@ def test_default_config_holds_the_matrix_of_the_main_job() -> None:
         assert any(tokens < places for row in rows for tokens, places in row.documents)
         assert any(row.heads < sp * tp for row in rows)
     assert any(row.seq // row.sp < row.window < row.seq for row in config.rows)
+
+
+def test_default_config_meets_each_scheme_with_all_that_can_be_hard_for_it() -> None:
+    rows = load_config(CONFIGS / "validate" / "deepseek_v3_debug.toml").rows
+    for scheme, head_ranks in (("ulysses", 1), ("gather", 1), ("ring", 1), ("two_dimensional", 2)):
+        of_scheme = [row for row in rows if row.scheme == scheme and row.sp == 4]
+        assert {row.head_ranks for row in of_scheme} == {head_ranks}
+        assert {row.ep for row in of_scheme} >= {4}
+        assert any(row.seq > row.sp and row.seq % row.sp for row in of_scheme)
+        assert any(row.seq < row.sp for row in of_scheme)
+        padded = [row for row in of_scheme if any(tokens < places for tokens, places in row.documents)]
+        assert any(row.nan_padding for row in padded)
+        assert any(row.heads < row.sp for row in of_scheme)
+        assert any(row.seq // row.sp < row.window < row.seq for row in of_scheme)
+        assert any(row.order == "zigzag" for row in of_scheme)
+    assert any(row.batch > 1 and row.seq > row.sp and row.scheme != "ulysses" for row in rows)
+    spread = [row.spreading for row in rows]
+    assert any(each.scheme.head_ranks == 2 and each.scheme.keys is Keys.RING and each.scheme.keep for each in spread)
+    assert any(each.documents_as == MASK for each in spread)
+    assert any(each.scheme.chunk < 33 for each in spread)
+
+
+@pytest.mark.parametrize(
+    ("keys", "scheme"),
+    [
+        ("", Scheme.ulysses()),
+        ("keep = false", Scheme.ulysses(keep=False)),
+        ('scheme = "ring"', Scheme.ring()),
+        ('scheme = "gather"\nkeep = true\nchunk = 5', Scheme.gather(keep=True, chunk=5)),
+        ('scheme = "two_dimensional"\nhead_ranks = 2', Scheme.two_dimensional(head_ranks=2)),
+        ('scheme = "two_dimensional"\nkeys = "ring"', Scheme.two_dimensional(head_ranks=1, keys="ring")),
+    ],
+)
+def test_a_row_has_the_scheme_that_its_keys_say(tmp_path: Path, keys: str, scheme: Scheme) -> None:
+    path = tmp_path / "my.toml"
+    path.write_text(TINY_TEXT.replace("tp = 2\nep = 2", f"sp = 2\nep = 2\n{keys}"))
+    assert load_config(path).rows[2].spreading == Spreading(scheme=scheme, documents_as=CU_SEQLENS, nan_padding=False)
 
 
 def test_config_is_frozen_and_survives_pickling(tmp_path: Path) -> None:
@@ -85,6 +125,22 @@ WRONG_VALUES = [
         'score = "sigmoid"',
         'score = "relu"',
         'model.score is \'relu\'; it has to be "sigmoid" or "softmax", e.g. score = "sigmoid"',
+    ),
+    (
+        'name = "TP2 + EP2"',
+        'name = "TP2 + EP2"\nscheme = "rign"',
+        'rows[2].scheme (row "TP2 + EP2") is \'rign\'; it has to be "ulysses", "gather", "ring" or '
+        '"two_dimensional", e.g. scheme = "ring"',
+    ),
+    (
+        'name = "TP2 + EP2"',
+        'name = "TP2 + EP2"\nkeep = 1',
+        'rows[2].keep (row "TP2 + EP2") is 1; it has to be true or false, e.g. keep = true',
+    ),
+    (
+        'name = "TP2 + EP2"',
+        'name = "TP2 + EP2"\nchunk = 0',
+        'rows[2].chunk (row "TP2 + EP2") is 0; it has to be an int of at least 1, e.g. chunk = 64',
     ),
     ("steps = 2", "steps = 0", "train.steps is 0; it has to be an int of at least 1, e.g. steps = 4"),
     ("steps = 2", "steps = true", "train.steps is True; it has to be an int of at least 1, e.g. steps = 4"),

@@ -77,6 +77,36 @@ BROKEN_RULES = [
         'order = "striped"',
     ),
     (
+        "tp = 2\nep = 2",
+        'tp = 2\nep = 2\nscheme = "gather"\nhead_ranks = 2',
+        "rows[2].head_ranks (row \"TP2 + EP2\") is 2 in the scheme 'gather', which has none to choose; leave it out, "
+        'or set scheme = "two_dimensional"',
+    ),
+    (
+        "tp = 2\nep = 2",
+        'tp = 2\nep = 2\nkeys = "ring"',
+        "rows[2].keys (row \"TP2 + EP2\") is 'ring' in the scheme 'ulysses', which has none to choose; leave it "
+        'out, or set scheme = "two_dimensional"',
+    ),
+    (
+        "tp = 2\nep = 2",
+        'sp = 2\nscheme = "two_dimensional"\nhead_ranks = 4',
+        'rows[2].head_ranks (row "TP2 + EP2") is 4; so many of the sp = 2 ranks are a team, and it has to divide sp: '
+        "e.g. head_ranks = 2",
+    ),
+    (
+        "tp = 2\nep = 2",
+        'tp = 2\nep = 2\ndocuments_as = "mask"',
+        'rows[2].documents_as (row "TP2 + EP2") is "mask" without documents; leave it out ("cu_seqlens"), or set '
+        "documents",
+    ),
+    (
+        "tp = 2\nep = 2",
+        'sp = 2\nbatch = 1\nseq = 9\ndocuments = [[3, 9]]\ndocuments_as = "mask"\nnan_padding = true',
+        'rows[2].nan_padding (row "TP2 + EP2") is true with documents_as = "mask", which a NaN goes through; '
+        "leave out one of them",
+    ),
+    (
         "dp = 2\nep = 2",
         "dp = 2\nep = 3",
         'rows[1].ep (row "FSDP2 x2 + EP2") is 3; it has to divide dp * sp * tp = 2: set ep to 1 or 2',

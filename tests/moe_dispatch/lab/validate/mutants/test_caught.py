@@ -12,6 +12,15 @@ from moe_dispatch.lab.validate.sources import debug_rows
 from moe_dispatch.testing import RankPool
 from tests.support.lab.small_matrix import PACKED, QuietWatcher, UncoveredRanks, default_corpus, row, small_config
 
+MUTANTS_OF_SCHEMES = (
+    "lse-left-out",
+    "closed-row-believed",
+    "remote-dkv-dropped",
+    "block-twice",
+    "padding-attended-in-ring",
+    "chunk-border-off-by-one",
+)
+
 pytestmark = pytest.mark.usefixtures("uncovered")
 
 
@@ -21,6 +30,10 @@ def test_every_mutant_is_caught(rank_pool: RankPool) -> None:
         row("tp2 ep2", tp=2, ep=2),
         row("sp2 ep2, window", sp=2, ep=2, window=6),
         row("sp2 ep2, packed, zigzag", sp=2, ep=2, order="zigzag", **PACKED),
+        row("ring2 ep2, packed, zigzag, chunk", sp=2, ep=2, scheme="ring", chunk=2, order="zigzag", **PACKED),
+        row(
+            "gather2 ep2, mask", sp=2, ep=2, scheme="gather", documents_as="mask", order="striped", stripe=4, **PACKED
+        ),
     )
     config = small_config(*rows, ranks=2)
     config = replace(config, model=replace(config.model, layers=1, dense_layers=0))
@@ -37,8 +50,13 @@ def test_every_mutant_is_caught(rank_pool: RankPool) -> None:
     quantities = {run.name: set(run.rows[-1].disagreeing) for run in found.mutants}
     assert set(quantities) == set(MUTANTS)
     assert [run.name for run in found.mutants if not run.caught] == []
-    assert "gradients" in quantities["gradients-averaged"]
-    assert "logits" not in quantities["gradients-averaged"]
+    for name in ("gradients-averaged", "remote-dkv-dropped"):
+        assert "gradients" in quantities[name]
+        assert "logits" not in quantities[name]
+    assert {run.rows[-1].name for run in found.mutants if run.name in MUTANTS_OF_SCHEMES} == {
+        rows[3].name,
+        rows[4].name,
+    }
     assert quantities["stale-plan"] == {"loss curve"}
     assert all(
         "logits" in quantities[name]
