@@ -14,6 +14,8 @@ from tests.support.attention.drawn import cases, drawn
 from tests.support.planned import sizes, work
 from tests.support.schemes import sampled
 
+pytestmark = pytest.mark.usefixtures("uncovered")
+
 MACHINE = Machine(ranks_per_node=2, intra_gb_s=100, inter_gb_s=10, latency_us=10, tflop_s=100)
 EVEN = TokenSharding(batch=1, seq=Partition.balanced(64, 4))
 LONG = TokenSharding(batch=1, seq=Partition.balanced(4096, 4))

@@ -14,6 +14,8 @@ from moe_dispatch.lab.forecast.config import AttentionDims, PlanConfig, load_pla
 from sp_attention import Machine, balance, choose_scheme
 from tests.support.lab.configs import CONFIGS
 
+pytestmark = pytest.mark.usefixtures("uncovered")
+
 PLAN = CONFIGS / "plan" / "deepseek_v3.toml"
 SMALL = AttentionDims(heads=16, kv_heads=4, width=8, value_width=8, length=4096, ranks=4, tflop_s=1.0)
 

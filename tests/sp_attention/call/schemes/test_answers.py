@@ -25,7 +25,11 @@ pytestmark = pytest.mark.usefixtures("uncovered")
 
 
 def spread_cases(ranks: int) -> list[SpreadCase]:
-    return list(sampled([case for kind in KINDS for case in drawn(cases(ranks, kind), 2, f"scheme {ranks} {kind}")]))
+    return list(
+        sampled(
+            [case for kind in KINDS for case in drawn(cases(ranks, kind), 1 + (ranks > 2), f"scheme {ranks} {kind}")]
+        )
+    )
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])

@@ -16,6 +16,8 @@ from tests.support.transformers.cases import IGNORED, Layout, batch_of, differen
 from tests.support.transformers.models import CONFIGS, FAMILIES
 from tests.support.transformers.strict import strict_float64
 
+pytestmark = pytest.mark.usefixtures("uncovered")
+
 STRICT = 1e-12
 KINDS = ("plain", "left", "right", "packed")
 
