@@ -24,6 +24,7 @@ MUTANTS_OF_SCHEMES = (
 pytestmark = pytest.mark.usefixtures("uncovered")
 
 
+@pytest.mark.sweep
 def test_every_mutant_is_caught(rank_pool: RankPool) -> None:
     """On as few ranks and layers as show all of them: each mutant takes a run, and each control."""
     rows = (
