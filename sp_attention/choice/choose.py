@@ -44,7 +44,7 @@ class SchemeChoice:
 
     @property
     def why(self) -> str:
-        """In a sentence or two: by how much it is cheaper than the next, and whether another order would be."""
+        """In a sentence or two, by how much it is cheaper than the next, and whether another order would be."""
         best, name = self.costs[0], name_of(self.best, self.ranks)
         told = f"{name} is cheapest: {_time(best)}"
         others = [each for each in self.costs[1:] if each.most_bytes <= self.limit_bytes]
