@@ -21,7 +21,7 @@ class Machine:
     Attributes:
         ranks_per_node: neighbouring ranks are on one node.
         intra_gb_s: gigabytes (1e9) per second of one rank in each direction, to ranks of its node.
-        inter_gb_s: the same to other ranks.
+        inter_gb_s: the same to other nodes.
         latency_us: microseconds that a collective takes at least.
         tflop_s: 1e12 operations per second of attention on one rank; ``math.inf`` compares what travels only.
 
@@ -50,11 +50,11 @@ class SchemeCost:
 
     Attributes:
         scheme: what it is of.
-        forward_bytes: from a rank to another, of all ranks together.
+        forward_bytes: from a rank to another, of all ranks together, in forward.
         backward_bytes: the same of backward.
-        inter_bytes: as intra_bytes, to other nodes.
-        intra_bytes: forward and backward, over the fullest link of a rank to others of its node, and to
-            other nodes: in the direction with more.
+        intra_bytes: forward and backward, over the fullest link of a rank to others of its node, in the direction
+            with more.
+        inter_bytes: the same to other nodes.
         collectives: forward and backward.
         balance: pairs of a query and a key, times heads, of the fullest rank over the mean.
         kept_bytes: from forward to backward, of the rank with most: see docs/planning.md.
@@ -77,7 +77,7 @@ class SchemeCost:
 
     @property
     def milliseconds(self) -> float:
-        """Links and work one after the other. What a kernel hides behind the other is not taken off."""
+        """Of links and then of work. What is hidden behind the other is not taken off."""
         return self.link_ms + self.work_ms
 
 
