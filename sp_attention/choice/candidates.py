@@ -3,10 +3,10 @@
 from moe_dispatch import Partition, TokenSharding
 
 from ..batch.balance import balanced_runs
-from ..work.scheme import Scheme
+from ..work.scheme import NO_BOUND, Scheme
 
 
-def schemes(ranks: int, *, chunk: int, own_attend: bool) -> list[Scheme]:
+def schemes(ranks: int, *, chunk: int = NO_BOUND, own_attend: bool = False) -> list[Scheme]:
     """Ulysses; for every number of head ranks below that of the ranks, keys gathered again in backward, kept, or in
     turns. An ``attend`` of the caller's takes no turns, and keeps what it got."""
     found = [Scheme.ulysses(chunk=chunk)]

@@ -191,8 +191,12 @@ class Work:
 
     def kv_heads(self, rank: int) -> tuple[int, int]:
         """The first key/value head of a rank, and how many."""
-        needed = self.heads.kv_ranges[self.head_rank(rank)]
+        needed = self._kv_ranges[self.head_rank(rank)]
         return needed.start, len(needed)
+
+    @cached_property
+    def _kv_ranges(self) -> tuple[range, ...]:
+        return self.heads.kv_ranges
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -169,12 +169,12 @@ def _ulysses(work: Work, sizes: Sizes) -> tuple[list[Sent], list[Sent]]:
     """As ``call/ulysses.py``: all rows travel, whatever is masked."""
     unit = sizes.batch * sizes.value_bytes
     there, home = Counter[Pair](), Counter[Pair]()
-    for source, to in product(range(work.ranks), repeat=2):
+    heads = [(work.query_heads(rank)[1], work.kv_heads(rank)[1]) for rank in range(work.ranks)]
+    rows = [(count(held), count(kv_held)) for held, kv_held in zip(work.held, work.kv_held, strict=True)]
+    for (source, (queries, keys)), (to, (num, num_kv)) in product(enumerate(rows), enumerate(heads)):
         if source != to:
-            heads, kv_heads = work.query_heads(to)[1], work.kv_heads(to)[1]
-            rows, kv_rows = count(work.held[source]), count(work.kv_held[source])
-            there[source, to] = (rows * heads * sizes.query + kv_rows * kv_heads * sizes.keys) * unit
-            home[to, source] = rows * heads * sizes.output * unit
+            there[source, to] = (queries * num * sizes.query + keys * num_kv * sizes.keys) * unit
+            home[to, source] = queries * num * sizes.output * unit
     headers = [_to_all(work.ranks, numbers * sizes.value_bytes) for numbers in HEADER_NUMBERS]
     forward = [sent for pair in zip((there, home), headers, strict=True) for sent in _sum(pair)]
     return forward, [_turned(home), _turned(there)]

@@ -2,16 +2,15 @@
 numbers of ranks."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
 
-from sp_attention import Machine, SchemeCost
+from sp_attention import Machine, Scheme, SchemeCost
 from sp_attention.choice.candidates import name_of, other_orders, schemes
 from sp_attention.choice.choose import Call
-from sp_attention.work.scheme import NO_BOUND
 from sp_attention.work.traffic import Sizes
 
 from ... import Partition, TokenSharding
@@ -43,7 +42,7 @@ class AttentionForecast:
 
 
 def forecast_attention(config: PlanConfig, attention: AttentionDims) -> AttentionForecast:
-    rows = sorted(_by_order(config, attention), key=lambda of_order: of_order[0].cost.milliseconds)
+    rows = sorted(_by_order(config, attention, schemes), key=lambda of_order: of_order[0].cost.milliseconds)
     doubled = [2**i for i in range(1, int(math.log2(MOST_SEQUENCE_RANKS)) + 1)]
     return AttentionForecast(
         rows=(*rows[0], *(of_order[0] for of_order in rows[1:])),
@@ -52,10 +51,18 @@ def forecast_attention(config: PlanConfig, attention: AttentionDims) -> Attentio
 
 
 def _cheapest(config: PlanConfig, attention: AttentionDims) -> AttentionRow:
-    return min((rows[0] for rows in _by_order(config, attention)), key=lambda row: row.cost.milliseconds)
+    first = (rows[0] for rows in _by_order(config, attention, _kept_schemes))
+    return min(first, key=lambda row: row.cost.milliseconds)
 
 
-def _by_order(config: PlanConfig, attention: AttentionDims) -> Iterator[list[AttentionRow]]:
+def _kept_schemes(ranks: int) -> list[Scheme]:
+    """Those of which one is cheapest: what is gathered again or in turns takes less memory, and never less time."""
+    return [scheme for scheme in schemes(ranks) if scheme.keep]
+
+
+def _by_order(
+    config: PlanConfig, attention: AttentionDims, schemes_of: Callable[[int], list[Scheme]]
+) -> Iterator[list[AttentionRow]]:
     """For every order of tokens, all schemes, the cheapest first."""
     ranks, cluster = attention.ranks, config.cluster
     machine = Machine(
@@ -82,7 +89,7 @@ def _by_order(config: PlanConfig, attention: AttentionDims) -> Iterator[list[Att
         sizes,
         own_attend=False,
     )
-    some = schemes(ranks, chunk=NO_BOUND, own_attend=False)
+    some = schemes_of(ranks)
     for name, order in {"contiguous": contiguous, **other_orders(contiguous, call.documents)}.items():
         costs = call.costs(order, order, some, machine, math.inf)
         yield [AttentionRow(ranks=ranks, order=name, name=name_of(each.scheme, ranks), cost=each) for each in costs]

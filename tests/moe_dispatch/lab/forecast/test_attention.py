@@ -74,6 +74,7 @@ def test_where_schemes_cross() -> None:
     even = replace(config, cluster=replace(config.cluster, ranks_per_node=1, inter_gb_s=1.0))
     forecast = forecast_attention(even, replace(SMALL, tflop_s=1e9))
     assert [row.ranks for row in forecast.by_ranks] == [2, 4, 8, 16, 32, 64]
+    assert forecast.by_ranks[1] == forecast.rows[0]  # of all schemes, over the 4 ranks that were asked for
     names = [row.name for row in forecast.by_ranks]
     assert names[0] == "gather, kept"
     assert names[-1] == "4 head ranks, gather, kept"
