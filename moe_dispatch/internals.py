@@ -3,7 +3,7 @@
 from .layer.share import expert_layers
 from .layout.partition import check_count
 from .wire.agreement import BAD, Statement, digest
-from .wire.autocast import cast_to_autocast, without_autocast
+from .wire.autocast import autocast_as_now, cast_to_autocast, without_autocast
 from .wire.callers import check_memory
 from .wire.devices import device_of
 from .wire.exchange import (
@@ -23,6 +23,7 @@ __all__ = [
     "FinishedExchange",
     "PendingExchange",
     "Statement",
+    "autocast_as_now",
     "cast_to_autocast",
     "check_count",
     "check_group",

@@ -17,6 +17,7 @@ from .batch.batch import Batch, ShardedBatch, gather_outputs
 from .batch.labels import shift_labels
 from .batch.loss import MeanLoss, count_targets, mean_cross_entropy, mean_loss
 from .batch.shard import shard_batch
+from .call.latent.attention import latent_attention_over_ranks
 from .call.module import AttentionOverRanks, UlyssesAttention
 from .call.over_ranks import attention_over_ranks
 from .call.ulysses import ulysses_attention
@@ -47,6 +48,7 @@ __all__ = [
     "flex_attend",
     "gather_outputs",
     "heads_from_tokens",
+    "latent_attention_over_ranks",
     "mean_cross_entropy",
     "mean_loss",
     "scaled_dot_product",

@@ -1,8 +1,9 @@
 """Nothing to attend: a rank without heads, a document without tokens, padding. Its output is zeros."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -17,8 +18,14 @@ def attend_or_zeros(
     if q_BLnH.numel() and k_BLgH.numel() and v_BLgH.shape[3]:
         return attend(q_BLnH, k_BLgH, v_BLgH, **options)
     learned = [x for x in options.values() if isinstance(x, Tensor) and x.is_floating_point()]
-    zero = sum(x.flatten()[:0].sum().to(q_BLnH.dtype) for x in (q_BLnH, k_BLgH, v_BLgH, *learned))
+    zero = zero_in_graph([q_BLnH, k_BLgH, v_BLgH, *learned], q_BLnH.dtype)
     return zeros(q_BLnH.shape[1], q_BLnH, v_BLgH) + zero
+
+
+def zero_in_graph(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """() 0, in the graph of each of them."""
+    zero = torch.zeros((), dtype=dtype, device=tensors[0].device)
+    return sum((x.flatten()[:0].sum().to(dtype) for x in tensors), zero)
 
 
 def zeros(length: int, q_BLnH: Tensor, v_BLgH: Tensor) -> Tensor:

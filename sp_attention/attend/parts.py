@@ -31,7 +31,7 @@ def attend_parts(
         parts: in the order of the queries.
         options_of_part: of the options, those of some queries and of some keys: (first place, end) of each.
     """
-    outs, at, before = [], 0, _versions(q_BLnH, k_BLgH, v_BLgH)
+    outs, at, before = [], 0, versions(q_BLnH, k_BLgH, v_BLgH)
     for part in parts:
         queries, keys = (end - start for start, end in (part.queries, part.keys))
         q_BsnH = q_BLnH[:, part.q_row : part.q_row + queries]
@@ -40,7 +40,7 @@ def attend_parts(
         outs.append(zeros(part.q_row - at, q_BLnH, v_BLgH))
         outs.append(attend_or_zeros(attend, q_BsnH, k_BsgH, v_BsgH, own))
         at = part.q_row + queries
-    if _versions(q_BLnH, k_BLgH, v_BLgH) != before:
+    if versions(q_BLnH, k_BLgH, v_BLgH) != before:
         raise ValueError("q, k or v were written to, which further calls and the caller share; write to copies")
     outs.append(zeros(q_BLnH.shape[1] - at, q_BLnH, v_BLgH))
     # An empty piece that is in the graph even where there is no part.
@@ -48,7 +48,7 @@ def attend_parts(
     return torch.cat(outs, dim=1)
 
 
-def _versions(*tensors: Tensor) -> list[int]:
+def versions(*tensors: Tensor) -> list[int]:
     """How often each was written to; a tensor of inference_mode does not know."""
     return [0 if x.is_inference() else x._version for x in tensors]
 

@@ -17,7 +17,7 @@ from moe_dispatch.internals import problem_of_dtensors
 
 from ..blocks.dropout import Dropout
 from ..work.runs import Run
-from .inputs import AttentionInputs, constants
+from .call_inputs import Inputs, constants
 
 
 def given(value: Any) -> bool:
@@ -55,9 +55,9 @@ class Option:
     name: str
     name_in_attend: str
     is_given: Callable[[Any], bool] = given
-    problem: Callable[[Any, AttentionInputs], str]
+    problem: Callable[[Any, Inputs], str]
     fact: Callable[[Any], str]
-    of_heads: Callable[[Any, AttentionInputs, Tensor], Any] = unchanged
+    of_heads: Callable[[Any, Inputs, Tensor], Any] = unchanged
     of_part: Callable[[Any, Run, Run], Any] = unchanged
     is_drawn: bool = False
 
@@ -72,21 +72,21 @@ def is_number(value: object) -> bool:
         return False
 
 
-def problem_of_tensor(name: str, value: Any, inputs: AttentionInputs) -> str:
+def problem_of_tensor(name: str, value: Any, inputs: Inputs) -> str:
     """What is wrong with what should be a tensor beside q, k, v; empty where nothing is."""
     if not isinstance(value, Tensor):
         return f"{name} is {type(value).__name__}; it has to be a tensor"
     if problem := problem_of_dtensors(**{name: value}):
         return problem
     if value.device != inputs.device:
-        return f"{name} is on {value.device}, but q, k, v on {inputs.device}; move it there"
+        return f"{name} is on {value.device}, but {inputs.names} on {inputs.device}; move it there"
     return ""
 
 
 # ---- is_causal -----------------------------------------------------------------------------------------
 
 
-def _causal_problem(value: Any, inputs: AttentionInputs) -> str:
+def _causal_problem(value: Any, inputs: Inputs) -> str:
     return "" if isinstance(value, bool) else f"is_causal is {value!r}; it has to be True or False"
 
 
@@ -102,7 +102,7 @@ IS_CAUSAL = Option(
 # ---- window --------------------------------------------------------------------------------------------
 
 
-def _window_problem(value: Any, inputs: AttentionInputs) -> str:
+def _window_problem(value: Any, inputs: Inputs) -> str:
     is_pair = isinstance(value, tuple | list) and len(value) == 2
     if is_pair and all(isinstance(side, int) and side >= -1 for side in value):
         return ""
@@ -117,7 +117,7 @@ WINDOW = Option(
 # ---- scale ---------------------------------------------------------------------------------------------
 
 
-def _scale_problem(value: Any, inputs: AttentionInputs) -> str:
+def _scale_problem(value: Any, inputs: Inputs) -> str:
     return "" if is_number(value) else f"scale is {value!r}; it has to be a finite number"
 
 
@@ -127,7 +127,7 @@ SCALE = Option(name="scale", name_in_attend="scale", problem=_scale_problem, fac
 # ---- attn_mask -----------------------------------------------------------------------------------------
 
 
-def _mask_problem(value: Any, inputs: AttentionInputs) -> str:
+def _mask_problem(value: Any, inputs: Inputs) -> str:
     (queries, keys), batch, heads = inputs.lengths, inputs.sharding.batch.total, inputs.heads.query.total
     if problem := problem_of_tensor("attn_mask", value, inputs):
         return problem
@@ -143,7 +143,7 @@ def _mask_problem(value: Any, inputs: AttentionInputs) -> str:
     )
 
 
-def _mask_of_heads(mask: Tensor, inputs: AttentionInputs, _seed: Tensor) -> Tensor:
+def _mask_of_heads(mask: Tensor, inputs: Inputs, _seed: Tensor) -> Tensor:
     """With all four dimensions."""
     mask = mask[(None,) * (4 - mask.ndim)]
     return mask.narrow(1, inputs.first_head, inputs.num_heads) if mask.shape[1] > 1 else mask
@@ -169,7 +169,7 @@ ATTN_MASK = Option(
 # ---- key_padding_mask ----------------------------------------------------------------------------------
 
 
-def _padding_problem(value: Any, inputs: AttentionInputs) -> str:
+def _padding_problem(value: Any, inputs: Inputs) -> str:
     batch, keys = inputs.sharding.batch.total, inputs.lengths[1]
     if problem := problem_of_tensor("key_padding_mask", value, inputs):
         return problem
@@ -193,7 +193,7 @@ KEY_PADDING_MASK = Option(
 # ---- sinks ---------------------------------------------------------------------------------------------
 
 
-def _sinks_problem(value: Any, inputs: AttentionInputs) -> str:
+def _sinks_problem(value: Any, inputs: Inputs) -> str:
     heads = inputs.heads.query.total
     if problem := problem_of_tensor("sinks_N", value, inputs):
         return problem
@@ -214,7 +214,7 @@ SINKS = Option(
 # ---- dropout -------------------------------------------------------------------------------------------
 
 
-def _dropout_problem(value: Any, inputs: AttentionInputs) -> str:
+def _dropout_problem(value: Any, inputs: Inputs) -> str:
     if is_number(value) and 0 <= value < 1:
         return ""
     return f"dropout_p is {value!r}; it has to be a number of at least 0 and below 1"

@@ -14,7 +14,7 @@ from ..attend.documents import Documents
 from ..blocks.dropout import draw_seed
 from ..work.runs import Run
 from .attend_arguments import FIRST_HEAD, takes
-from .inputs import AttentionInputs
+from .call_inputs import Inputs
 from .option_records import OPTIONS, Option
 
 Given = Sequence[tuple[Option, Any]]  # options that ask for something, each with the value that the caller passed
@@ -46,7 +46,7 @@ def problem_of_attend(attend: Callable[..., Tensor], given: Given) -> str:
     return ""
 
 
-def problem_of_options(given: Given, inputs: AttentionInputs) -> str:
+def problem_of_options(given: Given, inputs: Inputs) -> str:
     """What is wrong with the first option that has something wrong; empty where nothing is."""
     for option, value in given:
         if problem := option.problem(value, inputs):
@@ -54,7 +54,7 @@ def problem_of_options(given: Given, inputs: AttentionInputs) -> str:
     return ""
 
 
-def facts_of_call(inputs: AttentionInputs, given: Given, documents: Documents | None) -> str:
+def facts_of_call(inputs: Inputs, given: Given, documents: Documents | None) -> str:
     """What all ranks have to agree on, as text."""
     learned = [value for _, value in given if isinstance(value, Tensor)]
     # A rank that takes no part in backward, of the exchange there or of the one back, would leave its peers waiting.
@@ -63,8 +63,8 @@ def facts_of_call(inputs: AttentionInputs, given: Given, documents: Documents | 
     )
     of_given = ", ".join([f"{option.name_in_attend} {option.fact(value)}" for option, value in given])
     return (
-        f"{inputs.facts}; {of_given}; {documents or 'one document'}; gradients of q, k or v {of_tensors}, of options "
-        f"{of_options}"
+        f"{inputs.facts}; {of_given}; {documents or 'one document'}; gradients of {inputs.names} {of_tensors}, of "
+        f"options {of_options}"
     )
 
 
@@ -75,7 +75,7 @@ def seed_of(given: Given, device: torch.device) -> Tensor:
     return torch.zeros((), dtype=torch.int64, device=device)
 
 
-def options_of_my_heads(given: Given, inputs: AttentionInputs, seed: Tensor) -> dict[str, Any]:
+def options_of_my_heads(given: Given, inputs: Inputs, seed: Tensor) -> dict[str, Any]:
     """The options as ``attend`` takes them on this rank.
 
     Args:

@@ -1,6 +1,6 @@
 """The output of an ``attend`` of the caller's, or why there is none."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,8 +8,6 @@ from torch import Tensor
 from torch.utils import checkpoint
 
 from moe_dispatch.internals import Statement
-
-from ..attend.empty import zeros
 
 Attend = Callable[..., Tensor]
 HAS_OUTPUT = "it has an output"
@@ -32,25 +30,20 @@ class RecomputedSoFar(torch.autograd.Function):
 
 
 def output_or_problem(
-    attend_whole: Attend,
-    q_BLnH: Tensor,
-    k_BLgH: Tensor,
-    v_BLgH: Tensor,
-    options: Mapping[str, Any],
+    attend_whole: Callable[[], Tensor], q_BLnH: Tensor, value_width: int
 ) -> tuple[Tensor, Statement]:
     """The output, and that there is one. Or zeros, which the peers wait for all the same, and why there is none."""
-    tensors = q_BLnH, k_BLgH, v_BLgH
+    wanted = (*q_BLnH.shape[:3], value_width)
     if torch.compiler.is_compiling():
-        out_BLnH = attend_whole(*tensors, options)
+        out_BLnH = attend_whole()
     else:
         try:
-            out_BLnH = attend_whole(*tensors, options)
+            out_BLnH = attend_whole()
         except checkpoint._StopRecomputationError:  # everything that backward needs is there again
             raise
         except Exception as error:
             problem = f"attend raised {type(error).__name__}: {error}"
-            return zeros(q_BLnH.shape[1], q_BLnH, v_BLgH), Statement(HAS_OUTPUT, problem, error)
-    wanted = (*q_BLnH.shape[:3], v_BLgH.shape[3])
+            return q_BLnH.new_zeros(wanted), Statement(HAS_OUTPUT, problem, error)
     if not isinstance(out_BLnH, Tensor):
         got = type(out_BLnH).__name__
     elif tuple(out_BLnH.shape) == wanted and out_BLnH.dtype == q_BLnH.dtype:
@@ -58,4 +51,4 @@ def output_or_problem(
     else:
         got = f"{tuple(out_BLnH.shape)} of {out_BLnH.dtype}"
     problem = f"attend gave {got}; it has to give (B, L, my query heads, value width) = {wanted} of {q_BLnH.dtype}"
-    return zeros(q_BLnH.shape[1], q_BLnH, v_BLgH), Statement(HAS_OUTPUT, problem)
+    return q_BLnH.new_zeros(wanted), Statement(HAS_OUTPUT, problem)

@@ -1,32 +1,22 @@
-"""Attention over ranks in any scheme.
+"""Attention over ranks in any scheme."""
 
-First every rank says what it believes about the call, in a message whose size depends on nothing. So whatever one
-rank has wrong is the same error on all, before rows travel whose number depends on it.
-"""
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from moe_dispatch import Partition, TokenSharding
-from moe_dispatch.internals import Statement, check_is_group
+from moe_dispatch.internals import check_is_group
 
 from ..attend.default import scaled_dot_product
-from ..attend.documents import Documents
-from ..work.scheme import ULYSSES, Keys, Scheme, problem_of_scheme
-from .inputs import AttentionInputs, device_of_words
-from .options import (
-    Given,
-    facts_of_call,
-    given_options,
-    problem_of_attend,
-    problem_of_options,
-    seed_of,
-)
+from ..work.scheme import ULYSSES, Scheme
+from .call_inputs import device_of_words
+from .inputs import AttentionInputs
+from .options import given_options
 from .outcome import Attend
-from .spread_call import Call, work_of
+from .spread_call import Asking
 from .ulysses import exchange_and_attend
-from .words import words_first
 
 
 @torch.compiler.disable(reason="who needs which rows is worked out in Python, and kept")
@@ -94,49 +84,18 @@ def attention_over_ranks(
         sinks_N=sinks_N,
         dropout_p=dropout_p,
     )
-    tensors, facts, problem = (q_BlNH, k_BlGH, v_BlGH), "", ""
-    inputs = documents = cause = None
-    try:
-        inputs = AttentionInputs.of(*tensors, sharding, kv_sharding, heads, group, _checked(scheme, group))
-        documents, problem = Documents.read(
-            cu_seqlens, cu_seqlens_padded, inputs.sharding.batch.total, inputs.lengths
-        )
-        problem = inputs.problem or problem_of_options(given, inputs) or problem or _problem(scheme, attend, given)
-        facts = "" if problem else f"{facts_of_call(inputs, given, documents)}; {scheme}, {_whose(attend)}"
-    except ValueError as error:
-        problem = f"{error}"
-    except Exception as error:  # of whatever kind: the peers wait for a word of this rank
-        problem, cause = f"reading the call raised {type(error).__name__}: {error}", error
-    seed = seed_of(given, device_of_words(tensors, group))
-    seed = words_first(Statement(facts, problem, cause), seed, group)
-    if inputs is None or problem:  # where words are not read: see check_words
-        raise ValueError(problem) from cause
+    asking = Asking(
+        scheme=scheme,
+        attend=attend,
+        group=group,
+        given=given,
+        cu_seqlens=cu_seqlens,
+        cu_seqlens_padded=cu_seqlens_padded,
+    )
+    tensors, shardings = (q_BlNH, k_BlGH, v_BlGH), (sharding, kv_sharding)
+    inputs_of = partial(AttentionInputs.of, *tensors, *shardings, heads, group, scheme)
+    call = asking.of_all_ranks(inputs_of, device_of_words(tensors, group))
     if scheme.is_ulysses(group.size()):
         attend = scaled_dot_product if attend is None else attend
-        return exchange_and_attend(inputs, attend, given, seed, documents)
-    call = Call(inputs, given, seed, work_of(inputs, given, documents, at_once=attend is not None))
+        return exchange_and_attend(call.inputs, attend, given, call.seed, call.documents)
     return call.in_tiles() if attend is None else call.by_attend(attend)
-
-
-def _checked(scheme: Scheme, group: dist.ProcessGroup) -> Scheme:
-    if problem := problem_of_scheme(scheme, group.size()):
-        raise ValueError(problem)
-    return scheme
-
-
-def _problem(scheme: Scheme, attend: Attend | None, given: Given) -> str:
-    """What is wrong with an ``attend`` of the caller's in this scheme; empty where nothing is."""
-    if attend is None:
-        return ""
-    if scheme.keys is Keys.RING:
-        return (
-            "attend with ring keys, which come in turns, so that no call of it would see all keys of a query; use "
-            "gathered keys, or leave attend out"
-        )
-    if scheme.is_bounded:
-        return f"attend in a scheme with chunk {scheme.chunk}: keys come in chunks; leave one of the two out"
-    return problem_of_attend(attend, given)
-
-
-def _whose(attend: Attend | None) -> str:
-    return "tiles" if attend is None else "attend of the caller's"

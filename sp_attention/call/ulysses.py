@@ -170,5 +170,6 @@ def exchange_and_attend(
     attend_whole = attend_or_zeros
     if documents is not None:
         attend_whole = partial(attend_documents, documents=documents, options_of_part=options_of_part)
-    out_BLnH, statement = output_or_problem(partial(attend_whole, attend), q_BLnH, k_BLgH, v_BLgH, options)
+    attend_all = partial(attend_whole, attend, q_BLnH, k_BLgH, v_BLgH, options)
+    out_BLnH, statement = output_or_problem(attend_all, q_BLnH, v_BLgH.shape[3])
     return output_to_tokens(RecomputedSoFar.apply(out_BLnH), inputs, statement)  # type: ignore[arg-type]

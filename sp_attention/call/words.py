@@ -12,8 +12,8 @@ from torch import Tensor
 from moe_dispatch.internals import BAD, Statement, digest, exchange_rows
 
 from ..wire.exchange import Split, to_heads, to_tokens
+from ..wire.ints_as_floats import as_floats, as_ints
 from ..wire.order import batch_first, in_order
-from .header import as_floats, as_ints
 from .inputs import AttentionInputs
 
 

@@ -208,9 +208,11 @@ class Call:
         found = []
         for scheme in some:
             team = Partition.balanced(self.num_heads[0], scheme.team_size(order.num_ranks))
+            heads = GroupedHeads(team, self.num_heads[1])
             asked = Asked(
                 scheme=scheme,
-                heads=GroupedHeads(team, self.num_heads[1]),
+                heads=heads,
+                key_heads=heads.kv_spans,
                 at_once=self.own_attend,
                 kv_sharding=kv_order,
                 spans=self.spans,

@@ -87,7 +87,9 @@ def cost_of(work: Work, sizes: Sizes, machine: Machine) -> SchemeCost:
     links = [Links.of(sent, machine.ranks_per_node) for sent in (*traffic.forward, *traffic.backward)]
     whole = Links.sum_of(links)
     # Ranks of a team differ by their heads only.
-    alike = {(work.team(rank), work.query_heads(rank)[1], work.kv_heads(rank)[1]): rank for rank in range(work.ranks)}
+    alike = {
+        (work.team(rank), work.query_heads(rank)[1], work.key_heads_of(rank)[1]): rank for rank in range(work.ranks)
+    }
     memory = [memory_of(work, sizes, rank) for rank in alike.values()]
     pairs = _pairs_of_ranks(work)
     flops = operations(sizes) * max(pairs) * sizes.batch

@@ -15,11 +15,10 @@ from ..work.plan import RankWork
 from .moves import Moves, Part
 
 
-def tensors_to_work(
-    mine: RankWork, group: dist.ProcessGroup, q_BlNH: Tensor, k_BlGH: Tensor, v_BlGH: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """My tokens of q, k and v, all heads -> the rows that I work on, my heads. One collective; one in backward."""
-    return _ToWork.apply(mine, group, q_BlNH, k_BlGH, v_BlGH)  # type: ignore[return-value]
+def tensors_to_work(mine: RankWork, group: dist.ProcessGroup, q_BlNH: Tensor, *keys: Tensor) -> tuple[Tensor, ...]:
+    """My tokens of q and of what travels for keys, all heads -> the rows that I work on, my heads. One collective;
+    one in backward."""
+    return _ToWork.apply(mine, group, q_BlNH, *keys)  # type: ignore[return-value]
 
 
 def output_home(mine: RankWork, group: dist.ProcessGroup, out_BLnH: Tensor, q_BlNH: Tensor) -> Tensor:
@@ -37,9 +36,9 @@ def output_home(mine: RankWork, group: dist.ProcessGroup, out_BLnH: Tensor, q_Bl
 class _ToWork(torch.autograd.Function):
     @staticmethod
     @unseen_by_policies
-    def forward(ctx: Any, mine: RankWork, group: dist.ProcessGroup, *qkv: Tensor) -> tuple[Tensor, ...]:
-        ctx.mine, ctx.group, ctx.shapes = mine, group, [x.shape for x in qkv]
-        (arrived,) = Moves(mine, group).arrivals(qkv[:1], qkv[1:])
+    def forward(ctx: Any, mine: RankWork, group: dist.ProcessGroup, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.mine, ctx.group, ctx.shapes = mine, group, [x.shape for x in tensors]
+        (arrived,) = Moves(mine, group).arrivals(tensors[:1], tensors[1:])
         # An output that is an input has to be another object.
         return *(x.view_as(x) for x in arrived.queries), *arrived.keys
 

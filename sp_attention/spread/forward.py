@@ -1,5 +1,7 @@
 """Forward of attention over ranks: turn by turn, each merged with those before by the log of its sum."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -21,27 +23,34 @@ class Forward:
         kept: the tensors that came, queries and then keys and values turn by turn, if the scheme keeps them.
     """
 
-    def __init__(self, spread: Spread, q_BlNH: Tensor, v_BlGH: Tensor) -> None:
-        self.spread, self.moves, self.q_BlNH, self.width = spread, spread.moves, q_BlNH, v_BlGH.shape[3]
+    def __init__(self, spread: Spread, q_BlNH: Tensor) -> None:
+        self.spread, self.moves, self.q_BlNH, self.width = spread, spread.moves, q_BlNH, spread.value_width
         self.outs, self.sums, self.kept = list[Tensor](), list[Tensor](), list[Tensor]()
 
-    def run(self, k_BlGH: Tensor, v_BlGH: Tensor, attn_mask: Tensor | None, sinks_N: Tensor | None) -> Tensor:
+    def run(
+        self,
+        keys: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        attn_mask: Tensor | None,
+        sinks_N: Tensor | None,
+    ) -> Tensor:
         spread, mine = self.spread, self.spread.mine
+        source = spread.source(weights, [False] * len(weights))
         options, sinks_n = spread.options_with(attn_mask), spread.my_sinks(sinks_N)
         offload = mine.work.scheme.offload
         home = not mine.query_turns[0].is_home
         out_BlNH = self.q_BlNH.new_empty(*self.q_BlNH.shape[:3], self.width) if home else self.q_BlNH.new_empty(0)
         sums_BLnH = lse_BnL = self.q_BlNH.new_empty(0)
         way: list[TensorsOnTheWay] = []
-        for at in self.moves.arrivals([self.q_BlNH], [k_BlGH, v_BlGH]):
+        for at in self.moves.arrivals([self.q_BlNH], keys):
             (q_BLnH,) = at.queries
             self._keep(at)
             if at.key_turn == 0:
                 sums_BLnH, lse_BnL = nothing(q_BLnH, self.width)
-            k_BLgH, v_BLgH = spread.per_query(at.keys)
-            pieces = mine.pieces[at.query_turn][at.key_turn]
-            if can_attend(q_BLnH, k_BLgH, v_BLgH):
-                add_attention(sums_BLnH, lse_BnL, (q_BLnH, k_BLgH, v_BLgH), pieces, options)
+            for kv, pieces in source.blocks(at.keys, mine.pieces[at.query_turn][at.key_turn]):
+                k_BLgH, v_BLgH = spread.per_query(kv)
+                if can_attend(q_BLnH, k_BLgH, v_BLgH):
+                    add_attention(sums_BLnH, lse_BnL, (q_BLnH, k_BLgH, v_BLgH), pieces, options)
             if at.key_turn == len(mine.key_turns) - 1:
                 add_sinks(sums_BLnH, lse_BnL, sinks_n)
                 out_BLnH = sums_BLnH.to(self.q_BlNH.dtype)

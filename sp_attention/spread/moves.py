@@ -87,7 +87,7 @@ class Moves:
         self.keys = Side(
             home=Rows(work.kv_held[mine.rank]),
             turns=mine.key_turns,
-            heads=tuple(work.kv_heads(rank) for rank in ranks),
+            heads=tuple(work.key_heads_of(rank) for rank in ranks),
         )
 
     def arrivals(self, queries: Tensors, keys: Tensors) -> Iterator[Arrived]:

@@ -1,6 +1,6 @@
 """One call of one rank: its share of the work, and what was asked for."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch.distributed as dist
@@ -9,6 +9,7 @@ from torch import Tensor
 from ..blocks.tile import Options
 from ..work.plan import RankWork
 from .moves import Moves
+from .source import Source
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -19,11 +20,15 @@ class Spread:
         mine: the work of this rank.
         group: the ranks that share the work.
         options: of this rank's heads; the mask comes beside the tensors.
+        value_width: Hv.
+        source: of weights, and whether each wants a gradient -> what makes keys and values of what travels for them.
     """
 
     mine: RankWork
     group: dist.ProcessGroup
     options: Options
+    value_width: int
+    source: Callable[[Sequence[Tensor], Sequence[bool]], Source]
 
     @property
     def moves(self) -> Moves:

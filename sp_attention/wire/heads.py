@@ -38,6 +38,16 @@ class GroupedHeads:
         )
 
     @property
+    def kv_spans(self) -> tuple[tuple[int, int], ...]:
+        """The first key/value head that each rank needs, and how many."""
+        return tuple((needed.start, len(needed)) for needed in self.kv_ranges)
+
+    @property
+    def latent_spans(self) -> tuple[tuple[int, int], ...]:
+        """The same of a latent, which is one head that serves all query heads."""
+        return tuple((0, min(size, 1)) for size in self.query.sizes)
+
+    @property
     def kv_sent(self) -> Partition:
         """How many key/value heads go to each rank."""
         return Partition(len(needed) for needed in self.kv_ranges)

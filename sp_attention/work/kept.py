@@ -17,13 +17,14 @@ class Asked(NamedTuple):
     """All that the work of a call follows from, beside the sharding of its queries. See :class:`Work`.
 
     Attributes:
-        scheme, heads, at_once: as there.
+        scheme, heads, key_heads, at_once: as there.
         kv_sharding: of keys and values.
         spans, sides: as of :class:`Seen`.
     """
 
     scheme: Scheme
     heads: GroupedHeads
+    key_heads: tuple[tuple[int, int], ...]
     at_once: bool
     kv_sharding: TokenSharding
     spans: tuple[tuple[int, int, int, int], ...]
@@ -48,6 +49,7 @@ def work_of(sharding: TokenSharding, asked: Asked) -> Work:
         kv_held=_runs(asked.kv_sharding),
         seen=Seen(asked.spans, asked.sides),
         heads=asked.heads,
+        key_heads=asked.key_heads,
         at_once=asked.at_once,
     )
 

@@ -31,17 +31,17 @@ def memory_of(work: Work, sizes: Sizes, rank: int) -> Memory:
     """Of one rank. What computing takes, a tile at a time, and the sums of the gradients are in none of it; an
     ``attend`` keeps the tensors that it got, and may keep more."""
     unit, team = sizes.batch * sizes.value_bytes, work.team(rank)
-    heads, kv_heads = work.query_heads(rank)[1], work.kv_heads(rank)[1]
+    heads, key_heads = work.query_heads(rank)[1], work.key_heads_of(rank)[1]
     rows = [count(wanted.of(team)) * heads for wanted in work.query_turns]
     queries = [0 if work.queries_stay else number * sizes.query * unit for number in rows]
     keys = [
-        0 if work.keys_stay(turn) else count(wanted.of(team)) * kv_heads * sizes.keys * unit
+        0 if work.keys_stay(turn) else count(wanted.of(team)) * key_heads * sizes.keys * unit
         for turn, wanted in enumerate(work.key_turns)
     ]
     outputs = 0 if work.queries_stay else sum(rows) * sizes.output * unit
     if work.scheme.is_ulysses(work.ranks):
         queries = [sum(map(count, work.held)) * heads * sizes.query * unit]
-        keys = [sum(map(count, work.kv_held)) * kv_heads * sizes.keys * unit]
+        keys = [sum(map(count, work.kv_held)) * key_heads * sizes.keys * unit]
         outputs = sum(map(count, work.held)) * heads * sizes.output * unit
     if work.scheme.is_ulysses(work.ranks) or work.at_once:
         came = sum(queries) + sum(keys)

@@ -22,6 +22,7 @@ class Work:
         held, kv_held: the runs of queries and of keys that each rank holds, in the order of its tensors.
         seen: which keys a query sees.
         heads: over the ranks of a team.
+        key_heads: for each of them, the first head that it gets of what travels for keys, and how many.
         at_once: whether every query meets all its keys in one turn, as an ``attend`` of the caller's needs.
     """
 
@@ -30,6 +31,7 @@ class Work:
     kv_held: tuple[Runs, ...]
     seen: Seen
     heads: GroupedHeads
+    key_heads: tuple[tuple[int, int], ...]
     at_once: bool
 
     @property
@@ -189,14 +191,9 @@ class Work:
         i = self.head_rank(rank)
         return self.heads.query.offsets[i], self.heads.query.sizes[i]
 
-    def kv_heads(self, rank: int) -> tuple[int, int]:
-        """The first key/value head of a rank, and how many."""
-        needed = self._kv_ranges[self.head_rank(rank)]
-        return needed.start, len(needed)
-
-    @cached_property
-    def _kv_ranges(self) -> tuple[range, ...]:
-        return self.heads.kv_ranges
+    def key_heads_of(self, rank: int) -> tuple[int, int]:
+        """The first head that a rank gets of what travels for keys, and how many."""
+        return self.key_heads[self.head_rank(rank)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

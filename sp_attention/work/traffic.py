@@ -92,7 +92,7 @@ def _turns(work: Work) -> tuple[list[_Turn], list[_Turn]]:
 
 def _turn(work: Work, side: int, wanted: Wanted, stays: bool) -> _Turn:
     sent: dict[Pair, int] = {}
-    heads = [(work.query_heads, work.kv_heads)[side](rank)[1] for rank in range(work.team_size)]
+    heads = [(work.query_heads, work.key_heads_of)[side](rank)[1] for rank in range(work.team_size)]
     for team in () if stays else work.teams:
         for source, rows in work.holders[side].rows(wanted.of(team)).items():
             for to, num_heads in zip(work.members(team), heads, strict=True):
@@ -169,11 +169,11 @@ def _ulysses(work: Work, sizes: Sizes) -> tuple[list[Sent], list[Sent]]:
     """As ``call/ulysses.py``: all rows travel, whatever is masked."""
     unit = sizes.batch * sizes.value_bytes
     there, home = Counter[Pair](), Counter[Pair]()
-    heads = [(work.query_heads(rank)[1], work.kv_heads(rank)[1]) for rank in range(work.ranks)]
+    heads = [(work.query_heads(rank)[1], work.key_heads_of(rank)[1]) for rank in range(work.ranks)]
     rows = [(count(held), count(kv_held)) for held, kv_held in zip(work.held, work.kv_held, strict=True)]
-    for (source, (queries, keys)), (to, (num, num_kv)) in product(enumerate(rows), enumerate(heads)):
+    for (source, (queries, keys)), (to, (num, num_keys)) in product(enumerate(rows), enumerate(heads)):
         if source != to:
-            there[source, to] = (queries * num * sizes.query + keys * num_kv * sizes.keys) * unit
+            there[source, to] = (queries * num * sizes.query + keys * num_keys * sizes.keys) * unit
             home[to, source] = queries * num * sizes.output * unit
     headers = [_to_all(work.ranks, numbers * sizes.value_bytes) for numbers in HEADER_NUMBERS]
     forward = [sent for pair in zip((there, home), headers, strict=True) for sent in _sum(pair)]

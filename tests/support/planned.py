@@ -1,6 +1,8 @@
 """What a case in a scheme sends by the plan, and what it sends when it runs, on ranks that are threads."""
 
 from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -25,6 +27,8 @@ from tests.support.tensors import leaf
 
 Sent = dict[tuple[int, int], int]
 
+Backward = Callable[[], None]
+
 
 def work(each: SpreadCase, *, at_once: bool) -> Work:
     case, (sharding, kv_sharding) = each.case, each.shardings
@@ -36,9 +40,11 @@ def work(each: SpreadCase, *, at_once: bool) -> Work:
     if documents is not None:
         spans = tuple((start, stop, start, stop) for start, stop in documents.spans)
     num_heads, team = case.num_heads, each.scheme.team_size(case.ranks)
+    heads = GroupedHeads(each.heads or Partition.balanced(num_heads[0], team), num_heads[1])
     asked = Asked(
         scheme=each.scheme,
-        heads=GroupedHeads(each.heads or Partition.balanced(num_heads[0], team), num_heads[1]),
+        heads=heads,
+        key_heads=heads.kv_spans,
         at_once=at_once,
         kv_sharding=kv_sharding,
         spans=spans,
@@ -54,16 +60,9 @@ def sizes(each: SpreadCase, value_bytes: int) -> Sizes:
 
 def sent(ranks_of: RankThreads, each: SpreadCase, dtype: torch.dtype, *, at_once: bool) -> Traffic:
     """What really travels, collective by collective."""
-    found: dict[int, list[list[int]]] = defaultdict(list)
-    trade, whole = dist.all_to_all_single, Whole.of(each.case, dtype)
+    whole = Whole.of(each.case, dtype)
 
-    def count(out: Tensor, rows: Tensor, received: list[int], given: list[int], **options: Any) -> Any:
-        row_bytes = rows.element_size() * (rows[:1].numel() or 1)
-        found[dist.get_rank()].append([number * row_bytes for number in given])
-        return trade(out, rows, received, given, **options)
-
-    def call(rank: int) -> int:
-        """How many collectives forward has."""
+    def forward(rank: int) -> Backward:
         (sharding, kv_sharding), case = each.shardings, each.case
         q_BlNH = leaf(cut_by_loops(whole.q_BLNH, sharding, rank))
         k_BlGH, v_BlGH = (leaf(cut_by_loops(x, kv_sharding, rank)) for x in (whole.k_BLGH, whole.v_BLGH))
@@ -79,12 +78,30 @@ def sent(ranks_of: RankThreads, each: SpreadCase, dtype: torch.dtype, *, at_once
             attend=scaled_dot_product if at_once else None,
             **whole.options,
         )
+        return partial(out_BlNH.backward, cut_by_loops(whole.grad_BLNH, sharding, rank))
+
+    return sent_by(ranks_of, each.case.ranks, forward)
+
+
+def sent_by(ranks_of: RankThreads, ranks: int, forward: Callable[[int], Backward]) -> Traffic:
+    """What travels in a forward of all ranks, and in the backward that it gives."""
+    found: dict[int, list[list[int]]] = defaultdict(list)
+    trade = dist.all_to_all_single
+
+    def count(out: Tensor, rows: Tensor, received: list[int], given: list[int], **options: Any) -> Any:
+        row_bytes = rows.element_size() * (rows[:1].numel() or 1)
+        found[dist.get_rank()].append([number * row_bytes for number in given])
+        return trade(out, rows, received, given, **options)
+
+    def call(rank: int) -> int:
+        """How many collectives forward has."""
+        backward = forward(rank)
         num = len(found[rank])
-        out_BlNH.backward(cut_by_loops(whole.grad_BLNH, sharding, rank))
+        backward()
         return num
 
     with mock.patch.object(dist, "all_to_all_single", count):
-        (num,) = set(ranks_of.run(call, each.case.ranks))
+        (num,) = set(ranks_of.run(call, ranks))
     exchanges = [
         {
             (source, to): number
@@ -92,6 +109,6 @@ def sent(ranks_of: RankThreads, each: SpreadCase, dtype: torch.dtype, *, at_once
             for to, number in enumerate(numbers)
             if number and source != to
         }
-        for exchange in zip(*(found[rank] for rank in range(each.case.ranks)), strict=True)
+        for exchange in zip(*(found[rank] for rank in range(ranks)), strict=True)
     ]
-    return Traffic(ranks=each.case.ranks, forward=tuple(exchanges[:num]), backward=tuple(exchanges[num:]))
+    return Traffic(ranks=ranks, forward=tuple(exchanges[:num]), backward=tuple(exchanges[num:]))

@@ -13,6 +13,7 @@ from sp_attention.work.seen import Seen
 from sp_attention.work.traffic import Sizes
 
 SIZES = Sizes(batch=1, query=1, output=1, keys=2, value_bytes=2)
+HEADS = GroupedHeads(Partition((1, 1)), 2)
 # 2 ranks of 4 queries and 4 keys, all seen; each works on all 8 for one head. Two at a time: turns of 4 bytes of
 # queries, and of 8 of keys and values.
 WORK = Work(
@@ -20,7 +21,8 @@ WORK = Work(
     held=(((0, 4),), ((4, 8),)),
     kv_held=(((0, 4),), ((4, 8),)),
     seen=Seen([(0, 8, 0, 8)], (-1, -1)),
-    heads=GroupedHeads(Partition((1, 1)), 2),
+    heads=HEADS,
+    key_heads=HEADS.kv_spans,
     at_once=False,
 )
 OUTPUTS, SUMS, CAME = 8 * 2, 8 * 4, 8 * 2 + 8 * 4

@@ -48,12 +48,14 @@ def drawn(ranks: int, scheme: Scheme, seed: int) -> Drawn:
     if queries == keys and draw.random() < 0.5:
         marks = sorted(draw.randrange(queries + 1) for _ in range(6))
         spans = [(start, stop, start, stop) for start, stop in zip(marks[::2], marks[1::2], strict=True)]
+    heads = GroupedHeads(Partition.balanced(6, scheme.team_size(ranks)), 3)
     work = Work(
         scheme=scheme,
         held=held_by(ranks, queries, draw),
         kv_held=held_by(ranks, keys, draw),
         seen=Seen(spans, sides),
-        heads=GroupedHeads(Partition.balanced(6, scheme.team_size(ranks)), 3),
+        heads=heads,
+        key_heads=heads.kv_spans,
         at_once=False,
     )
     left, right = sides
@@ -140,7 +142,15 @@ def test_a_turn_that_nobody_needs_is_left_out() -> None:
     """A window of two keys reaches the rank before and no other, so a ring of 8 has 2 turns: its own, and one."""
     held = tuple(((8 * rank, 8 * rank + 8),) for rank in range(8))
     seen, heads = Seen([(0, 64, 0, 64)], (2, 0)), GroupedHeads(Partition((4,)), 2)
-    work = Work(scheme=Scheme.ring(), held=held, kv_held=held, seen=seen, heads=heads, at_once=False)
+    work = Work(
+        scheme=Scheme.ring(),
+        held=held,
+        kv_held=held,
+        seen=seen,
+        heads=heads,
+        key_heads=heads.kv_spans,
+        at_once=False,
+    )
     assert len(work.key_turns) == 2
     assert tuple(map(work.key_turns[1].of, work.teams)) == (
         (),
@@ -166,6 +176,7 @@ def test_parts_for_an_attend_of_the_callers(seed: int) -> None:
         kv_held=case.work.kv_held,
         seen=case.work.seen,
         heads=case.work.heads,
+        key_heads=case.work.key_heads,
         at_once=True,
     )
     found: Counter[tuple[int, int]] = Counter()

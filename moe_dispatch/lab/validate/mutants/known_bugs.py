@@ -14,6 +14,7 @@ from sp_attention import Batch, MeanLoss, ShardedBatch
 from sp_attention.attend.documents import Documents
 from sp_attention.batch.shard import CompletedBatch
 from sp_attention.blocks.pieces import Piece
+from sp_attention.call.call_inputs import Inputs
 from sp_attention.call.inputs import AttentionInputs
 from sp_attention.call.options import Given as GivenOptions
 from sp_attention.spread.backward import Backward
@@ -193,9 +194,7 @@ def block_twice(right: Right) -> Wrong:
 
 
 def padding_attended_in_ring(right: Right) -> Wrong:
-    def work_of(
-        inputs: AttentionInputs, given: GivenOptions, documents: Documents | None, *, at_once: bool
-    ) -> RankWork:
+    def work_of(inputs: Inputs, given: GivenOptions, documents: Documents | None, *, at_once: bool) -> RankWork:
         if documents is not None and inputs.scheme.keys is Keys.RING:
             documents = replace(documents, ends=documents.starts)
         return right(inputs, given, documents, at_once=at_once)

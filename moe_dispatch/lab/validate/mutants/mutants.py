@@ -158,7 +158,7 @@ _TABLE = (
     ("block-twice", "the first block of keys counted twice",
      "sp_attention.blocks.walk:tiles", bugs.block_twice, _in_blocks),
     ("padding-attended-in-ring", "padding between packed documents is attended to in ring schemes only",
-     "sp_attention.call.over_ranks:work_of", bugs.padding_attended_in_ring, _padded_in_a_ring),
+     "sp_attention.call.spread_call:work_of", bugs.padding_attended_in_ring, _padded_in_a_ring),
     ("chunk-border-off-by-one", "each chunk but the first begins one place late",
      "sp_attention.work.turns:in_blocks", bugs.chunk_border_off_by_one, _in_chunks),
     ("labels-shifted-in-shard", "labels shifted inside each shard, whose last token then has no target",

@@ -83,16 +83,16 @@ DISAGREEMENTS: dict[str, tuple[Change, Change, tuple[str, str]]] = {
     "gradients": (
         given(),
         lambda a: {"k_BlGH": a["k_BlGH"].clone().requires_grad_()},
-        ("gradients of q, k or v False, of options False", "gradients of q, k or v True, of options False"),
+        ("gradients of q, k, v False, of options False", "gradients of q, k, v True, of options False"),
     ),
     "gradients of what is learned": (
         given(sinks_N=torch.zeros(4)),
         given(sinks_N=torch.zeros(4, requires_grad=True)),
-        ("gradients of q, k or v False, of options False", "gradients of q, k or v False, of options True"),
+        ("gradients of q, k, v False, of options False", "gradients of q, k, v False, of options True"),
     ),
     "gradients of what is learned only": (
         given(sinks_N=torch.zeros(4, requires_grad=True)),
         lambda a: {"q_BlNH": a["q_BlNH"].clone().requires_grad_(), "sinks_N": torch.zeros(4, requires_grad=True)},
-        ("gradients of q, k or v False, of options True", "gradients of q, k or v True, of options True"),
+        ("gradients of q, k, v False, of options True", "gradients of q, k, v True, of options True"),
     ),
 }

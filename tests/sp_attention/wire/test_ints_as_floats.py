@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moe_dispatch.internals import BAD, digest
 from sp_attention.blocks.dropout import NUM_SEEDS
-from sp_attention.call.header import BYTES, as_floats, as_ints
+from sp_attention.wire.ints_as_floats import BYTES, as_floats, as_ints
 
 LOWEST, HIGHEST = -(2**63), 2**63 - 1
 # What a copy may go through.
