@@ -15,12 +15,14 @@ class Spreading:
         scheme: of the work.
         documents_as: what attention gets that says where documents are: "cu_seqlens", or a "mask", of which no scheme
             knows before.
-        nan_padding: whether queries, keys and values are NaN at padding between documents.
+        nan_padding: whether queries, keys and values (or latents) are NaN at padding between documents.
+        latent_keys: whether the latents travel, and not the keys and values that are made of them.
     """
 
     scheme: Scheme
     documents_as: str
     nan_padding: bool
+    latent_keys: bool
 
     @property
     def is_ulysses(self) -> bool:
@@ -32,7 +34,8 @@ class Spreading:
         """In words; empty for what rows have that say nothing of it."""
         scheme = "" if self.is_ulysses else f"{self.scheme}"
         by_mask = "documents as a mask" if self.documents_as == MASK else ""
-        return ", ".join(filter(None, (scheme, by_mask, "NaN at padding" if self.nan_padding else "")))
+        nan, latent = "NaN at padding" * self.nan_padding, "latent keys" * self.latent_keys
+        return ", ".join(filter(None, (scheme, latent, by_mask, nan)))
 
 
-BY_ULYSSES = Spreading(scheme=Scheme.ulysses(), documents_as=CU_SEQLENS, nan_padding=False)
+BY_ULYSSES = Spreading(scheme=Scheme.ulysses(), documents_as=CU_SEQLENS, nan_padding=False, latent_keys=False)

@@ -150,7 +150,8 @@ class DebugRowConfig(RowConfig):
     """A row of the debug model, with the number of its heads, and the scheme of its attention: see ``Scheme``.
 
     ``head_ranks`` and ``keys`` are those of "two_dimensional". ``documents_as`` is what attention gets that says
-    where documents are; with ``nan_padding`` what it gets is NaN at padding between them.
+    where documents are; with ``nan_padding`` what it gets is NaN at padding between them. With ``latent_keys`` it
+    gets the latents of keys and values: see ``latent_attention_over_ranks``.
     """
 
     heads: int = Field(ge=1, le=1024, examples=[4])
@@ -161,13 +162,17 @@ class DebugRowConfig(RowConfig):
     keep: bool = Field(examples=["true"])
     documents_as: Literal["cu_seqlens", "mask"] = Field(default=CU_SEQLENS, examples=["mask"])
     nan_padding: bool = Field(default=False, examples=["true"])
+    latent_keys: bool = Field(default=False, examples=["true"])
 
     @property
     def spreading(self) -> Spreading:
         make, bounds = getattr(Scheme, self.scheme), {"keep": self.keep, "chunk": self.chunk}
         of_two = {"head_ranks": self.head_ranks, "keys": self.keys} if self.scheme == TWO_DIMENSIONAL else {}
         return Spreading(
-            scheme=make(**of_two, **bounds), documents_as=self.documents_as, nan_padding=self.nan_padding
+            scheme=make(**of_two, **bounds),
+            documents_as=self.documents_as,
+            nan_padding=self.nan_padding,
+            latent_keys=self.latent_keys,
         )
 
 

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
-from sp_attention import Batch, ShardedBatch, attention_over_ranks, shard_batch, shift_labels
-from sp_attention.reference import reference_attention
+from sp_attention import Batch, ShardedBatch, shard_batch, shift_labels
 
 from .... import ParallelMesh, Partition, TokenSharding, gather_tokens, place_tokens
 from ....internals import check_is_group
-from ..config.spreading import MASK, Spreading
+from ..config.spreading import Spreading
+from .attention import Attention, SpreadAttention, WholeAttention
 from .packing import Packing
 
 
@@ -61,8 +61,9 @@ class Layout(Protocol):
         """The region -> my tokens, (b, l, V): each rank of "tp" goes on with its own."""
         ...
 
-    def attend(self, q_bmnH: Tensor, k_bmnH: Tensor, v_bmnH: Tensor) -> Tensor:
-        """Causal attention of the region's tokens to whole sequences, within documents: (b, m, n, Hv)."""
+    @property
+    def attention(self) -> Attention:
+        """To whole sequences, of the region's tokens."""
         ...
 
     def run_moe(self, moe: nn.Module, x_blD: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,8 +108,9 @@ class OneProcess:
     def mine(self, x_uV: Tensor) -> Tensor:
         return x_uV.unflatten(0, self.region_shape)
 
-    def attend(self, q_bmnH: Tensor, k_bmnH: Tensor, v_bmnH: Tensor) -> Tensor:
-        return reference_attention(q_bmnH, k_bmnH, v_bmnH, is_causal=True, **self.packing.options)
+    @property
+    def attention(self) -> Attention:
+        return WholeAttention(packing=self.packing)
 
     def run_moe(self, moe: nn.Module, x_blD: Tensor) -> tuple[Tensor, Tensor]:
         return moe(x_blD)
@@ -208,25 +210,14 @@ class OnMesh:
     def mine(self, x_uV: Tensor) -> Tensor:
         return self.region.shard(self.local(x_uV).unflatten(0, self.region_shape), self.tp.get_local_rank())
 
-    def attend(self, q_bmnH: Tensor, k_bmnH: Tensor, v_bmnH: Tensor) -> Tensor:
-        by_mask = self.spreading.documents_as == MASK
-        if self.spreading.nan_padding:
-            q_bmnH, k_bmnH, v_bmnH = map(self._with_nan_at_padding, (q_bmnH, k_bmnH, v_bmnH))
-        return attention_over_ranks(
-            q_bmnH,
-            k_bmnH,
-            v_bmnH,
-            sharding=self.regions,
-            group=self.dense.get_group("sp"),
-            scheme=self.spreading.scheme,
-            is_causal=True,
-            **(self.packing.options_by_mask if by_mask else self.packing.options),
+    @property
+    def attention(self) -> Attention:
+        return SpreadAttention(
+            regions=self.regions,
+            sp=self.dense.get_group("sp"),
+            packing=self.packing,
+            spreading=self.spreading,
         )
-
-    def _with_nan_at_padding(self, x_bmnH: Tensor) -> Tensor:
-        """Added, so that a gradient there is not lost: it has to be 0."""
-        nan_bL = self.packing.nan_of_place_L.to(x_bmnH.dtype).expand(self.regions.global_shape)
-        return x_bmnH + self.regions.shard(nan_bL, self.dense["sp"].get_local_rank())[..., None, None]
 
     def run_moe(self, moe: nn.Module, x_blD: Tensor) -> tuple[Tensor, Tensor]:
         return moe(x_blD, sharding=self.ep_tokens)

@@ -6,8 +6,10 @@ parallelised, and the MoE layer.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -30,6 +32,14 @@ def rotate(x_blNH: Tensor, position_t: Tensor, theta: float) -> Tensor:
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x_blNH.dtype)
 
 
+class KeyValue(nn.Linear):
+    """Keys without their rotary part, and values, of the latents: whole, or where the weight is used otherwise."""
+
+    def with_weight(self, run: Callable[[Tensor], Tensor]) -> Tensor:
+        """``run`` on the weight: FSDP2 has it whole only within a call of this module."""
+        return run(self.weight)
+
+
 class LatentAttention(nn.Module):
     """Multi-head latent attention: queries, keys and values come from narrow latents, and the query/key width differs
     from the value width.
@@ -48,7 +58,7 @@ class LatentAttention(nn.Module):
         self.key_latent = nn.Linear(config.dim, config.kv_lora_rank + config.rope_head_dim, bias=False)
         self.key_norm = nn.RMSNorm(config.kv_lora_rank, eps=config.norm_eps)
         self.query = nn.Linear(query_rank, config.heads * width, bias=False)
-        self.key_value = nn.Linear(
+        self.key_value = KeyValue(
             config.kv_lora_rank, config.heads * (config.nope_head_dim + config.value_head_dim), bias=False
         )
         self.out = nn.Linear(config.heads * config.value_head_dim, config.dim, bias=False)
@@ -61,28 +71,45 @@ class LatentAttention(nn.Module):
             [config.kv_lora_rank, config.rope_head_dim], dim=-1
         )
         key_rope_blH = rotate(key_rope_blH.unsqueeze(2), layout.positions(), config.rope_theta).squeeze(2)
-        widths = [query_latent_blR.shape[-1], config.kv_lora_rank, config.rope_head_dim]
-        latent_uR = layout.enter(torch.cat([query_latent_blR, self.key_norm(key_latent_blR), key_rope_blH], dim=-1))
-        query_latent_uR, key_latent_uR, key_rope_uH = latent_uR.split(widths, dim=-1)
-        query_uC, key_value_uC = self.query(query_latent_uR), self.key_value(key_latent_uR)
-        return layout.leave(self.out(self._attend(query_uC, key_value_uC, layout.local(key_rope_uH), layout)))
+        widths = [config.kv_lora_rank, config.rope_head_dim]
+        entered_uR = layout.enter(torch.cat([query_latent_blR, self.key_norm(key_latent_blR), key_rope_blH], dim=-1))
+        query_latent_uR, latent_uR = entered_uR.split([query_latent_blR.shape[-1], sum(widths)], dim=-1)
+        q_bmnH = self._queries(self.query(query_latent_uR), layout)
+        if layout.attention.sends_latents:
+            latent_bmR = layout.local(latent_uR).unflatten(0, layout.region_shape)
+            attend = partial(layout.attention.attend_to_latents, q_bmnH, latent_bmR, self._expand)
+            out_bmnH = self.key_value.with_weight(attend)
+        else:
+            key_latent_uR, key_rope_uH = latent_uR.split(widths, dim=-1)
+            rope_bmH = layout.local(key_rope_uH).unflatten(0, layout.region_shape)
+            key_value_bmC = self.key_value(key_latent_uR).unflatten(0, layout.region_shape)
+            out_bmnH = layout.attention.attend(q_bmnH, *self._keys_and_values(key_value_bmC, rope_bmH))
+        return layout.leave(self.out(rearrange(out_bmnH, "b m n h -> (b m) (n h)")))
 
-    def _attend(self, query_uC: Tensor, key_value_uC: Tensor, key_rope_uH: Tensor, layout: Layout) -> Tensor:
-        """Causal attention of this rank's heads for the tokens of the region."""
+    def _queries(self, query_uC: Tensor, layout: Layout) -> Tensor:
+        """(b, m, n, H) of this rank's heads, for the tokens of the region."""
         config, (b, m) = self.config, layout.region_shape
         query_width = config.nope_head_dim + config.rope_head_dim
         q_bmnH = rearrange(query_uC, "(b m) (n h) -> b m n h", b=b, m=m, h=query_width)
         q_nope_bmnH, q_rope_bmnH = q_bmnH.split([config.nope_head_dim, config.rope_head_dim], dim=-1)
         q_rope_bmnH = rotate(q_rope_bmnH, layout.region_positions(), config.rope_theta)
-        key_value_width = config.nope_head_dim + config.value_head_dim
-        key_value_bmnH = rearrange(key_value_uC, "(b m) (n h) -> b m n h", b=b, m=m, h=key_value_width)
-        k_nope_bmnH, v_bmnH = key_value_bmnH.split([config.nope_head_dim, config.value_head_dim], dim=-1)
-        heads = k_nope_bmnH.shape[2]
-        k_rope_bmnH = key_rope_uH.view(b, m, 1, config.rope_head_dim).expand(-1, -1, heads, -1)
-        out_bmnH = layout.attend(
-            torch.cat([q_nope_bmnH, q_rope_bmnH], dim=-1), torch.cat([k_nope_bmnH, k_rope_bmnH], dim=-1), v_bmnH
-        )
-        return rearrange(out_bmnH, "b m n h -> (b m) (n h)")
+        return torch.cat([q_nope_bmnH, q_rope_bmnH], dim=-1)
+
+    def _keys_and_values(self, key_value_bmC: Tensor, rope_bmH: Tensor) -> tuple[Tensor, Tensor]:
+        """(b, m, g, H) and (b, m, g, Hv) of some heads, which have the rotated part in common."""
+        nope, value = self.config.nope_head_dim, self.config.value_head_dim
+        key_value_bmgH = rearrange(key_value_bmC, "b m (g h) -> b m g h", h=nope + value)
+        k_nope_bmgH, v_bmgH = key_value_bmgH.split([nope, value], dim=-1)
+        k_rope_bmgH = rope_bmH.unsqueeze(2).expand(-1, -1, k_nope_bmgH.shape[2], -1)
+        return torch.cat([k_nope_bmgH, k_rope_bmgH], dim=-1), v_bmgH
+
+    def _expand(self, latent_BLR: Tensor, weight_XR: Tensor, *, heads: range) -> tuple[Tensor, Tensor]:
+        """Keys and values of some of the heads that a weight has, of latents with the rotated part after them."""
+        config = self.config
+        wide_BLR, rope_BLH = latent_BLR.split([config.kv_lora_rank, config.rope_head_dim], dim=-1)
+        rows = config.nope_head_dim + config.value_head_dim
+        weight_xR = weight_XR[heads.start * rows : heads.stop * rows]
+        return self._keys_and_values(F.linear(wide_BLR, weight_xR), rope_BLH)
 
 
 class DenseFeedForward(nn.Module):

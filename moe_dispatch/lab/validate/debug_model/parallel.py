@@ -16,7 +16,7 @@ from typing import cast
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import Partial, Replicate
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -94,6 +94,7 @@ def shard_over_data(model: DebugModel, mesh: ParallelMesh) -> None:
             split.append(block.feed_forward)
         for module in split:
             fully_shard(module, mesh=data)
+        register_fsdp_forward_method(block.attention.key_value, "with_weight")
         fully_shard(block, mesh=everyone)
     fully_shard(model.norm, mesh=data)
     fully_shard(model.head, mesh=data)

@@ -27,8 +27,9 @@ def test_rows_are_listed_with_their_layout_and_none_runs(script: Script, capsys:
         "SP4 + EP4, window 40 1 4 1 4 3 x 129 window 40",
         "FSDP2 x SP2 + EP4, zigzag 2 2 1 4 3 x 129 zigzag",
         "TP2 x SP2 + EP4, striped 1 2 2 4 1 x 129 5 documents, stripes of 8",
-        "2-D ring, packed, keep 1 4 1 4 1 x 129 5 documents, scheme with 2 to the heads, keys ring, kept",
-        "TP2 x ring2 + EP4 1 2 2 4 3 x 129 scheme with 1 to the heads, keys ring",
+        "2-D ring, packed, keep 1 4 1 4 1 x 129 5 documents, "
+        "scheme with 2 to the heads, keys ring, kept, latent keys",
+        "TP2 x ring2 + EP4 1 2 2 4 3 x 129 scheme with 1 to the heads, keys ring, latent keys",
     ):
         assert row in rows
     assert last == "41 rows in float32 and float64, each on 4 ranks"

@@ -39,6 +39,7 @@ ROWS = (
     row("dp2 sp2 ep4, packed, striped", dp=2, sp=2, ep=4, order="striped", stripe=2, **PACKED),
     row("sp4 ep4, 1 head, window", sp=4, ep=4, heads=1, window=6),
     row("tp2 gather2 ep4, NaN", tp=2, sp=2, ep=4, scheme="gather", nan_padding=True, order="zigzag", **PACKED),
+    row("tp2 ulysses2 ep4, latent", tp=2, sp=2, ep=4, latent_keys=True, nan_padding=True, order="zigzag", **PACKED),
     row(
         "2-D ring, kept, zigzag", sp=4, scheme="two_dimensional", head_ranks=2, keys="ring", keep=True, order="zigzag"
     ),

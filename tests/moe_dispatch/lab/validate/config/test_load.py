@@ -63,6 +63,8 @@ def test_default_config_meets_each_scheme_with_all_that_can_be_hard_for_it() -> 
     spread = [row.spreading for row in rows]
     assert any(each.scheme.head_ranks == 2 and each.scheme.keys is Keys.RING and each.scheme.keep for each in spread)
     assert any(each.documents_as == MASK for each in spread)
+    assert any(row.latent_keys and row.tp > 1 for row in rows)
+    assert any(row.latent_keys and row.documents for row in rows)
     assert any(each.scheme.chunk < 33 for each in spread)
 
 
@@ -80,7 +82,8 @@ def test_default_config_meets_each_scheme_with_all_that_can_be_hard_for_it() -> 
 def test_a_row_has_the_scheme_that_its_keys_say(tmp_path: Path, keys: str, scheme: Scheme) -> None:
     path = tmp_path / "my.toml"
     path.write_text(TINY_TEXT.replace("tp = 2\nep = 2", f"sp = 2\nep = 2\n{keys}"))
-    assert load_config(path).rows[2].spreading == Spreading(scheme=scheme, documents_as=CU_SEQLENS, nan_padding=False)
+    wanted = Spreading(scheme=scheme, documents_as=CU_SEQLENS, nan_padding=False, latent_keys=False)
+    assert load_config(path).rows[2].spreading == wanted
 
 
 def test_config_is_frozen_and_survives_pickling(tmp_path: Path) -> None:
