@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils import checkpoint
 
 from ..attend.empty import zero_in_graph
@@ -50,6 +51,16 @@ class Expansion:
         if problem:
             raise ValueError(problem)
         return given[0], given[1]
+
+
+def unseen_by_hooks() -> AbstractContextManager[object]:
+    """For a graph that is used at once or never: hooks of the caller's would copy what it saves, offloading all
+    weights."""
+    return saved_tensors_hooks(_same, _same)
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
 
 
 def expanded(expansion: Expansion, latent_BLC: Tensor, weights: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], str]:

@@ -10,7 +10,7 @@ from ..blocks.pieces import Piece
 from ..dtypes import dtype_of_sums
 from ..work.key_blocks import blocks_of_keys
 from ..work.runs import Run
-from .expansion import Expansion
+from .expansion import Expansion, unseen_by_hooks
 
 Tensors = Sequence[Tensor]
 KeysAndValues = tuple[Tensor, Tensor]
@@ -75,7 +75,7 @@ class FromLatent:
         for (start, stop), part in self._rows(came, pieces):
             latent_BLC = came[0][:, start:stop, 0].detach().requires_grad_()
             weights = [x.detach().requires_grad_(on) for x, on in zip(self.weights, self.learns, strict=True)]
-            with torch.enable_grad():
+            with torch.enable_grad(), unseen_by_hooks():
                 made = self.expansion(latent_BLC, weights)
             grads = [x.new_zeros(x.shape, dtype=dtype_of_sums(x)) for x in made]
             add((made[0].detach(), made[1].detach()), grads, part)

@@ -4,12 +4,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node, saved_tensors_hooks
+from torch.autograd.graph import Node
 
 from moe_dispatch.internals import unseen_by_policies
 
 from ...attend.parts import versions
-from ...spread.expansion import Expansion, expanded
+from ...spread.expansion import Expansion, expanded, unseen_by_hooks
 
 ROWS = 2  # one would pass what squeezes it, none what infers a size
 
@@ -29,8 +29,7 @@ def trial(expansion: Expansion, latent_BlC: Tensor, weights: tuple[Tensor, ...])
     zeros_BLC = latent_BlC.new_zeros(max(batch, 1), ROWS, width).requires_grad_(torch.is_grad_enabled())
     copies = [x.detach().requires_grad_(x.requires_grad) for x in weights]
     before = versions(zeros_BLC, *copies)
-    # What a checkpoint around the call would save and count, it is spared.
-    with saved_tensors_hooks(_same, _same):
+    with unseen_by_hooks():
         given, problem = expanded(expansion, zeros_BLC, copies)
     if problem:
         return 0, problem
@@ -60,7 +59,3 @@ def leaves_of(tensors: tuple[Tensor, ...]) -> list[Tensor]:
             leaves.append(variable)
         left += [following for following, _ in node.next_functions]
     return leaves
-
-
-def _same(x: Tensor) -> Tensor:
-    return x

@@ -67,6 +67,6 @@ def test_an_attend_of_the_callers(rank_threads: RankThreads, attend: Attend) -> 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_every_scheme_and_order(rank_threads: RankThreads, ranks: int) -> None:
     pairs = [(scheme, tokens) for scheme in schemes(ranks) for tokens in ORDERS]
-    batch = [SpreadCase(case, *pair) for case in of_kinds(ranks) for pair in pairs]
+    batch = [SpreadCase(case, *pair) for i, case in enumerate(of_kinds(ranks)) for pair in pairs[i % 5 :: 5]]
     results = rank_threads.run(failures_of, ranks, batch, None, timeout=600)
     assert [failure for failures in results for failure in failures] == []

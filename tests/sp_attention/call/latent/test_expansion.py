@@ -88,7 +88,7 @@ def test_nor_with_an_attend_of_the_callers(rank_threads: RankThreads, name: str)
 
 
 def expanded_by(rank: int, scheme: Scheme) -> list[tuple[int, range]]:
-    """Rows and heads of each expansion of a forward and a backward, after the trial."""
+    """Rows and heads of each expansion of a forward and a backward, after the trial, which is of a head at least."""
     seen: list[tuple[int, range]] = []
 
     def watched(latent_BLC: Tensor, *weights: Tensor, heads: range) -> tuple[Tensor, Tensor]:
@@ -97,6 +97,7 @@ def expanded_by(rank: int, scheme: Scheme) -> list[tuple[int, range]]:
 
     sharding = TokenSharding(batch=2, seq=Partition((7, 0, 8, 4)))
     call(rank, sharding, wholes(2, 19), scheme=scheme, expand=watched, window=(2, 0))
+    assert all(heads for _, heads in seen)
     return seen[1:]
 
 
@@ -202,6 +203,32 @@ def in_checkpoint(rank: int, of_attend: bool) -> list[bool]:
 @pytest.mark.parametrize("of_attend", [False, True])
 def test_in_a_checkpoint(rank_threads: RankThreads, of_attend: bool) -> None:
     assert rank_threads.run(in_checkpoint, 4, of_attend) == [[True] * 5] * 4
+
+
+def packed(rank: int) -> list[int]:
+    """How many tensors hooks of the caller's get, for an expand that saves few and for one that saves many."""
+    counts = []
+
+    def saving(latent_BLC: Tensor, *weights: Tensor, heads: range) -> tuple[Tensor, Tensor]:
+        return expand(latent_BLC.sin().exp().cos(), *weights, heads=heads)
+
+    for each in (expand, saving):
+        seen: list[Tensor] = []
+
+        def pack(x: Tensor, seen: list[Tensor] = seen) -> Tensor:
+            seen.append(x)
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            call(rank, TokenSharding(batch=2, seq=Partition((5, 4))), wholes(2, 9), expand=each)
+        counts.append(len(seen))
+    return counts
+
+
+def test_hooks_of_the_callers_get_nothing_of_an_expansion(rank_threads: RankThreads) -> None:
+    """Offloading would copy the weights in each trial."""
+    for few, many in rank_threads.run(packed, 2):
+        assert few == many
 
 
 def frozen(rank: int) -> list[bool]:
