@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...plan.ids.format import IdFormat
+from ...rows.buffer import row_bytes
 from .demand import Demand
 
 COUNT_BYTES = 8  # int64
@@ -32,8 +33,8 @@ class Widths:
 
     @property
     def weighted_row(self) -> int:
-        """A row with all K weights of its token."""
-        return self.row + self.num_choices * self.weight_bytes
+        """A row with all K weights of its token, as ``rows/buffer.py`` lays it out."""
+        return row_bytes(self.row, self.num_choices * self.weight_bytes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_dispatch.rows.buffer import RowFormat
+from moe_dispatch.rows.buffer import RowFormat, row_bytes
 from moe_dispatch.rows.sums import VALUES_AT_ONCE_CPU, dot_rows, sum_rows, sum_weighted_rows, weigh_rows
 
 pytestmark = pytest.mark.usefixtures("uncovered")
@@ -72,15 +72,14 @@ def test_products_of_rows_are_not_rounded_to_their_dtype(dtype: torch.dtype) -> 
     assert (got.double() - wanted).abs().max() <= (1e-13 if dtype == torch.float64 else 2e-6) * wanted.abs().max()
 
 
-@pytest.mark.parametrize("widths", [(7, 3), (1, 1), (8, 2), (5, 8)])
+@pytest.mark.parametrize("widths", [(7, 3), (1, 1), (8, 2), (5, 8), (251, 3)])
 @pytest.mark.parametrize("dtypes", list(product(DTYPES, DTYPES)), ids=str)
 def test_a_row_format_gives_back_the_bits(dtypes: tuple[torch.dtype, torch.dtype], widths: tuple[int, int]) -> None:
     x_ND, w_NK = (rows_of(dtype, width) for dtype, width in zip(dtypes, widths, strict=True))
     transposed_ND = x_ND.T.contiguous().T
     row_format = RowFormat(x_ND, w_NK)
-    row_bytes = widths[0] * dtypes[0].itemsize + widths[1] * dtypes[1].itemsize
     for packed in (row_format.pack(x_ND, w_NK), row_format.pack(transposed_ND, w_NK)):
-        assert packed.shape == (7, row_bytes)
+        assert packed.shape == (7, row_bytes(*(w * dtype.itemsize for w, dtype in zip(widths, dtypes, strict=True))))
         assert packed.dtype == torch.uint8
         assert all(map(torch.equal, row_format.read(packed), (x_ND, w_NK)))
     gathered = row_format.empty(len(ENTRIES), x_ND.device)
@@ -91,3 +90,20 @@ def test_a_row_format_gives_back_the_bits(dtypes: tuple[torch.dtype, torch.dtype
         assert row_format.sum_part(row_format.pack(x_ND, w_NK), part, ENTRIES, FIRST).equal(
             sum_rows(rows, ENTRIES, FIRST)
         )
+
+
+@pytest.mark.parametrize(
+    ("parts", "pitch"),
+    [
+        ((14336, 32), 14368),  # DeepSeek-V3 in bfloat16: 7168 values, 8 weights
+        ((4096, 24), 4128),  # DeepSeek-V2-Lite: 8 bytes more
+        ((8192, 8), 8208),  # Mixtral: 8 bytes more
+        ((472, 6), 480),
+        ((432, 2), 434),  # 14 bytes more would be 3.2 %
+        ((128, 12), 144),
+        ((16, 8), 24),  # 8 bytes more would be a third
+        ((4100,), 4100),  # one part: a dense tensor
+    ],
+)
+def test_rows_start_at_whole_vectors_where_that_is_at_most_3_percent_more(parts: tuple[int, ...], pitch: int) -> None:
+    assert row_bytes(*parts) == pitch

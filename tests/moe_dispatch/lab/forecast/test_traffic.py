@@ -116,7 +116,7 @@ def runs(ranks: int, num_nodes: int, routings: tuple[str, ...]) -> list[Run]:
                 experts=experts,
                 num_nodes=num_nodes,
                 expert_BLK=case.expert_BLK,
-                dim=(7, 16)[i % 2],
+                dim=(7, 1030)[i % 2],  # with the weights 40 bytes, and 2084: a row starts every 2096
                 x_dtype=dtype,
             )
         )
