@@ -11,8 +11,8 @@ from moe_dispatch import Partition, TokenSharding
 from moe_dispatch.internals import cast_to_autocast, problem_of_dtensors
 
 from ..spread.source import AsSent, Source
-from ..wire.exchange import Split
 from ..wire.heads import heads_of_call
+from ..wire.splits import Split
 from ..work.scheme import Scheme, head_rank
 from .call_inputs import Inputs, constants, most, problem_of_tensors, sharding_of_keys
 

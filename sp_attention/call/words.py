@@ -11,9 +11,10 @@ from torch import Tensor
 
 from moe_dispatch.internals import BAD, Statement, digest, exchange_rows
 
-from ..wire.exchange import Split, to_heads, to_tokens
+from ..wire.exchange import to_heads, to_tokens
 from ..wire.ints_as_floats import as_floats, as_ints
 from ..wire.order import batch_first, in_order
+from ..wire.splits import Split
 from .inputs import AttentionInputs
 
 

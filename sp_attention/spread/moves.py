@@ -14,7 +14,8 @@ from torch import Tensor
 
 from moe_dispatch.internals import FinishedExchange
 
-from ..wire.tensors import TensorsOnTheWay, start_tensors
+from ..wire.boxes import Box, Joins, Parts, to_add, to_fill, to_read
+from ..wire.tensors import Cut, TensorsOnTheWay, start_tensors
 from ..work.plan import RankWork, Turn
 from ..work.runs import Rows, Runs
 from .waiting import away, back
@@ -118,41 +119,36 @@ class Moves:
         queries."""
         i, j = turns
         parts = [(self.queries, i, queries)] * (j == 0) + [(self.keys, j, keys)] * (i == 0)
-        sent, received, outs, travels = self._nothing(), self._nothing(), list[Tensors](), False
+        sent, received, outs, travels = Cutting(), Cutting(), list[Tensors](), False
         for side, turn_number, tensors in parts:
             turn, (_, num_heads) = side.turns[turn_number], side.heads[self.mine.rank]
             if turn.is_home:
                 outs.append(tensors)
                 continue
             out = [x.new_empty(x.shape[0], turn.rows.size, num_heads, x.shape[3]) for x in tensors]
-            for rank in range(len(sent)):
-                sent[rank] += _views(tensors, side.home, turn.sent[rank], side.heads[rank])
-                received[rank] += _views(out, turn.rows, turn.came[rank], (0, num_heads))
+            sent.add(tensors, side.home, turn.sent, side.heads)
+            received.add(out, turn.rows, turn.came, [(0, num_heads)] * len(turn.came))
             outs.append(out)
             travels |= turn.travels and bool(tensors)
-        return Coming(self._on_the_way(sent, received, travels, [*queries, *keys][0]), outs)
+        cuts = sent.cut(self.mine.rank, to_read), received.cut(self.mine.rank, to_fill)
+        return Coming(self._on_the_way(*cuts, travels, [*queries, *keys][0]), outs)
 
     def start_home(self, parts: "Sequence[Part]") -> TensorsOnTheWay:
         """The way home, of at least one part: to fill ``homes`` or add to them once it is there. One collective where
         something travels."""
-        sent, received, travels = self._nothing(), self._nothing(), False
+        sent, received, travels = Cutting(), Cutting(), False
         for side, turn_number, tensors, homes in parts:
             turn, (_, num_heads) = side.turns[turn_number], side.heads[self.mine.rank]
-            for rank in range(len(sent)):
-                sent[rank] += _views(tensors, turn.rows, turn.came[rank], (0, num_heads))
-                received[rank] += _views(homes, side.home, turn.sent[rank], side.heads[rank])
+            sent.add(tensors, turn.rows, turn.came, [(0, num_heads)] * len(turn.came))
+            received.add(homes, side.home, turn.sent, side.heads)
             travels |= turn.travels
-        return self._on_the_way(sent, received, travels, parts[0].tensors[0])
+        cuts = sent.cut(self.mine.rank, to_read), received.cut(self.mine.rank, to_add)
+        return self._on_the_way(*cuts, travels, parts[0].tensors[0])
 
-    def _nothing(self) -> list[list[Tensor]]:
-        return [[] for _ in range(self.mine.work.ranks)]
-
-    def _on_the_way(
-        self, sent: list[list[Tensor]], received: list[list[Tensor]], travels: bool, like: Tensor
-    ) -> TensorsOnTheWay:
+    def _on_the_way(self, sent: Cut, received: Cut, travels: bool, like: Tensor) -> TensorsOnTheWay:
         if travels:
-            return start_tensors(sent, received, self.group, like)
-        return TensorsOnTheWay(sent, received, self.mine.rank, FinishedExchange(like.new_empty(0)))
+            return start_tensors(sent, received, self.group)
+        return TensorsOnTheWay(sent, received, FinishedExchange(like.new_empty(0)))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -167,7 +163,22 @@ class Coming:
         return list(self.outs)
 
 
-def _views(tensors: Tensors, rows: Rows, wanted: Runs, heads: Heads) -> list[Tensor]:
-    """Some runs and heads of tensors whose rows those are. Each run is in one piece there."""
-    spans = rows.spans(wanted)
-    return [x.narrow(1, row, size).narrow(2, *heads) for x in tensors for _, row, size in spans]
+class Cutting:
+    """Tensors, and their boxes of each rank."""
+
+    def __init__(self) -> None:
+        self.tensors: list[Tensor] = []
+        self.boxes: list[list[list[Box]]] = []
+
+    def add(self, tensors: Tensors, rows: Rows, wanted: Sequence[Runs], heads: Sequence[Heads]) -> None:
+        """Tensors whose rows those are, cut into the runs and heads of each rank. Each run is in one piece there."""
+        boxes = [
+            [Box(row, size, *of_rank) for _, row, size in rows.spans(runs)]
+            for runs, of_rank in zip(wanted, heads, strict=True)
+        ]
+        self.tensors += tensors
+        self.boxes += [boxes] * len(tensors)
+
+    def cut(self, rank: int, joins: Joins) -> Cut:
+        """What was added, for this rank; see :class:`Parts`."""
+        return Cut(self.tensors, Parts.of(rank, [1] * len(self.tensors), self.boxes, joins))

@@ -6,8 +6,6 @@ on its rank is copied once. A rank without tokens or heads takes part in every c
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import torch
@@ -17,21 +15,9 @@ from torch import Tensor
 from moe_dispatch import Partition, TokenSharding
 from moe_dispatch.internals import check_group, unseen_by_policies
 
-from .headers import header_backward, keep_for_recomputation, no_header
-from .tensors import exchange_tensors
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Split:
-    """How one tensor is split over the ranks: by heads on one side of the exchange, by tokens on the other.
-
-    Attributes:
-        sharding: the tokens of each rank.
-        heads: the heads of each rank, side by side in the order of the ranks.
-    """
-
-    sharding: TokenSharding
-    heads: Partition
+from .headers import as_heads, header_backward, keep_for_recomputation, no_header
+from .splits import Split, parts_to_heads, parts_to_tokens
+from .tensors import Cut, exchange_tensors
 
 
 def heads_from_tokens(
@@ -99,17 +85,14 @@ class _ToHeads(torch.autograd.Function):
         ctx: Any, splits: tuple[Split, ...], group: dist.ProcessGroup, header: Tensor, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.splits, ctx.group = splits, group
-        rank, ranks = group.rank(), range(group.size())
+        rank = group.rank()
         wholes = [
             x.new_empty(*split.sharding.global_shape, split.heads.sizes[rank], x.shape[3])
             for x, split in zip(tensors, splits, strict=True)
         ]
-        headers = header.new_empty(len(ranks), len(header))
-        exchange_tensors(
-            [[header, *_heads_of(tensors, splits, to, rank)] for to in ranks],
-            [[headers[source], *_tokens_of(wholes, splits, source)] for source in ranks],
-            group,
-        )
+        headers = header.new_empty(group.size(), len(header))
+        sent, received = parts_to_heads(splits, rank)
+        exchange_tensors(Cut([as_heads(header), *tensors], sent), Cut([as_heads(headers), *wholes], received), group)
         ctx.mark_non_differentiable(headers)
         keep_for_recomputation(ctx, headers)
         return (*wholes, headers)
@@ -135,17 +118,14 @@ class _ToTokens(torch.autograd.Function):
         ctx: Any, splits: tuple[Split, ...], group: dist.ProcessGroup, header: Tensor, *wholes: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.splits, ctx.group = splits, group
-        rank, ranks = group.rank(), range(group.size())
+        rank = group.rank()
         tensors = [
             x.new_empty(*split.sharding.local_shape(rank), split.heads.total, x.shape[3])
             for x, split in zip(wholes, splits, strict=True)
         ]
-        headers = header.new_empty(len(ranks), len(header))
-        exchange_tensors(
-            [[header, *_tokens_of(wholes, splits, to)] for to in ranks],
-            [[headers[source], *_heads_of(tensors, splits, source, rank)] for source in ranks],
-            group,
-        )
+        headers = header.new_empty(group.size(), len(header))
+        sent, received = parts_to_tokens(splits, rank)
+        exchange_tensors(Cut([as_heads(header), *wholes], sent), Cut([as_heads(headers), *tensors], received), group)
         ctx.mark_non_differentiable(headers)
         keep_for_recomputation(ctx, headers)
         return (*tensors, headers)
@@ -158,22 +138,6 @@ class _ToTokens(torch.autograd.Function):
             None,
             *_ToHeads.apply(ctx.splits, ctx.group, header_backward(ctx, grads[0]), *grads[:-1])[:-1],
         )  # type: ignore[index]
-
-
-def _tokens_of(wholes: Sequence[Tensor], splits: Sequence[Split], rank: int) -> list[Tensor]:
-    """The runs of tokens of ``rank`` in whole tensors of some heads: views."""
-    runs = (split.sharding.views(x_BLnH, rank) for x_BLnH, split in zip(wholes, splits, strict=True))
-    return list(chain(*runs))
-
-
-def _heads_of(tensors: Sequence[Tensor], splits: Sequence[Split], rank: int, holder: int) -> list[Tensor]:
-    """The heads of ``rank`` in tensors of the tokens of ``holder``, run by run, as :func:`_tokens_of` has them on the
-    other side: views."""
-    runs: list[Tensor] = []
-    for x_BlNH, split in zip(tensors, splits, strict=True):
-        x_BlnH = x_BlNH.narrow(2, split.heads.offsets[rank], split.heads.sizes[rank])
-        runs += split.sharding.split(x_BlnH, holder)
-    return runs
 
 
 def to_heads(

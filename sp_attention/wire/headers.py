@@ -5,10 +5,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+NUMBERS = 8  # a header is some times so many: 16 bytes or more, so that what follows it is aligned as it is
+
 
 def no_header(like: Tensor) -> Tensor:
     """A header that says nothing: empty, but in compiled code."""
-    return like.new_zeros(int(torch.compiler.is_compiling()))
+    return like.new_zeros(NUMBERS * torch.compiler.is_compiling())
+
+
+def as_heads(headers: Tensor) -> Tensor:
+    """(numbers,) or (ranks, numbers) -> (1, 1 or ranks, 1, numbers): as tensors of tokens and heads travel."""
+    return headers.view(1, *(headers.shape[:-1] or (1,)), 1, headers.shape[-1])
 
 
 def keep_for_recomputation(ctx: Any, headers: Tensor) -> None:

@@ -21,3 +21,8 @@ def in_order(x_BL: Tensor, sharding: TokenSharding) -> Tensor:
 def token_dim(sharding: TokenSharding) -> int:
     """The dimension of the sequence in a tensor that ends in (B, l), or in (l, B)."""
     return -1 if sharding.order == "BL" else -2
+
+
+def dim_of_tokens(sharding: TokenSharding) -> int:
+    """The dimension of the sequence in a tensor (B, l, ...), or (l, B, ...)."""
+    return 1 if sharding.order == "BL" else 0

@@ -51,3 +51,9 @@ def test_ints_arrive(dtype: torch.dtype, ints: list[int]) -> None:
 def test_words_and_seeds_fit(dtype: torch.dtype) -> None:
     ints = [BAD, digest("facts"), 0, 2**31 - 2, NUM_SEEDS - 1, LOWEST, HIGHEST]
     assert received(as_floats(torch.tensor(ints), dtype)).tolist() == ints
+
+
+@pytest.mark.parametrize("dtype", THROUGH)
+def test_what_follows_a_header_is_aligned_for_vector_loads(dtype: torch.dtype) -> None:
+    """Kernels read 16 bytes at once, where both sides start at a multiple of them."""
+    assert as_floats(torch.tensor([0]), dtype).nbytes % 16 == 0
