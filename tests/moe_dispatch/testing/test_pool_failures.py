@@ -36,7 +36,7 @@ def rank_pool() -> Iterator[RankPool]:
         yield pool
 
 
-@pytest.mark.parametrize("wait", [wait_in_barrier, wait_in_all_reduce])
+@pytest.mark.parametrize("wait", [pytest.param(wait_in_barrier, marks=pytest.mark.sweep), wait_in_all_reduce])
 def test_an_exception_on_one_rank_ends_the_ranks_that_wait_for_it(
     rank_pool: RankPool, wait: Callable[[], None]
 ) -> None:
@@ -69,7 +69,7 @@ def test_ranks_that_all_raise_are_all_reported_the_first_one_first_and_replaced(
 
 DEATHS = [
     (exit_on_rank_1, "7", ""),
-    (raise_and_then_exit, "7", ""),
+    pytest.param(raise_and_then_exit, "7", "", marks=pytest.mark.sweep),
     (crash_on_rank_1, "-11 (SIGSEGV)", "in crash_on_rank_1"),
 ]
 

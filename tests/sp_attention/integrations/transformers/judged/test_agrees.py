@@ -25,6 +25,7 @@ def judged(what: str, layout: Layout, dtype: torch.dtype) -> Comparison:
     return compare_with_one_process(subject_of(what), layout, dtype)
 
 
+@pytest.mark.usefixtures("uncovered")
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_model_over_ranks_is_that_of_one_process(rank_threads: RankThreads, name: str) -> None:
     for layout in (PACKED, PADDED):
@@ -40,6 +41,7 @@ def with_settings(kind: str, settings: dict[str, Any], layout: Layout) -> Compar
     return compare_with_one_process(subject, layout, torch.float64)
 
 
+@pytest.mark.usefixtures("uncovered")
 @pytest.mark.parametrize(
     ("kind", "settings"),
     [

@@ -153,6 +153,7 @@ FIRST_ONLY = "logits agree in the first document of each row only: documents att
 EXPERTS = "gradients of model.layers.0.mlp.experts.gate_up_proj, model.layers.0.mlp.experts.down_proj, "
 
 
+@pytest.mark.usefixtures("uncovered")
 @pytest.mark.parametrize(
     ("mistake", "layout", "differing", "told"),
     [
