@@ -6,7 +6,7 @@ STAMP := .venv/.installed
 WORKERS ?= 2
 DOCS_STAMP := .venv/.docs_installed
 
-.PHONY: example validate test sweep hosts check docs lint types format clean
+.PHONY: example validate test test-gpu sweep hosts check docs lint types format clean
 
 example: $(STAMP)
 	$(BIN)/python examples/block.py
@@ -16,6 +16,10 @@ validate: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal --cov
+
+# One process per CUDA device. Without a device it says so, and fails.
+test-gpu: $(STAMP)
+	$(BIN)/python -m pytest -q -m gpu tests/cuda
 
 sweep: $(STAMP)
 	$(BIN)/python -m pytest -q -m sweep -n $(WORKERS) --dist worksteal

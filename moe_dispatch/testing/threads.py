@@ -22,7 +22,7 @@ from .call import check_call, name_of, takes_rank
 from .errors import Failure, failure_of, out_of_time, rank_error, rank_timeout
 from .thread_group import Rooms, ThreadGroup
 from .turns import Stopped, Turns
-from .worlds import Worlds, world_per_thread
+from .worlds import BACKEND, Worlds, world_per_thread
 
 T = TypeVar("T")
 
@@ -32,6 +32,8 @@ END_SECONDS = 1.0  # for ranks to leave: at once, but for one that runs, which m
 
 class RankThreads:
     """Ranks as threads: the interface of RankPool. A context manager, or close it."""
+
+    backend = BACKEND
 
     def __init__(self) -> None:
         self._closed = False
@@ -57,7 +59,11 @@ class RankThreads:
         check_call(ranks, timeout)
         calls = [_copy_call(fn, args) for _ in range(ranks)]
         with world_per_thread() as worlds, _process_as_before():
-            return _Run(name_of(fn), calls, worlds).results(timeout)
+            return _Run(name_of(fn), calls, worlds, self).results(timeout)
+
+    def _group_of(self, rank: int, ranks: int, turns: Turns, rooms: Rooms) -> ThreadGroup:
+        """The default group of a rank."""
+        return ThreadGroup("0", range(ranks), rank, turns, rooms)
 
     def close(self) -> None:
         """Run nothing any more. No thread is kept between two runs."""
@@ -96,8 +102,14 @@ def _process_as_before() -> Iterator[None]:
 class _Run:
     """One call of ``run``: its threads, and their answers."""
 
-    def __init__(self, name: str, calls: list[tuple[Callable[..., Any], tuple[Any, ...]]], worlds: Worlds) -> None:
-        self.name, self.size, self.worlds = name, len(calls), worlds
+    def __init__(
+        self,
+        name: str,
+        calls: list[tuple[Callable[..., Any], tuple[Any, ...]]],
+        worlds: Worlds,
+        made_by: RankThreads,
+    ) -> None:
+        self.name, self.size, self.worlds, self.made_by = name, len(calls), worlds, made_by
         self.turns, self.rooms = Turns(self.size), Rooms()
         self.arriving: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
         self.answers: dict[int, Any] = {}
@@ -155,7 +167,8 @@ class _Run:
         with suppress(Stopped):  # the run may end while this rank does
             try:
                 self.turns.enter(rank)
-                with self.worlds.of(ThreadGroup("0", range(self.size), rank, self.turns, self.rooms)):
+                group = self.made_by._group_of(rank, self.size, self.turns, self.rooms)
+                with self.worlds.of(group, self.made_by.backend):
                     answer = fn(rank, *args) if takes_rank(fn) else fn(*args)
             except Stopped:
                 answer = Stopped

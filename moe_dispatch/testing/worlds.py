@@ -47,12 +47,12 @@ class Worlds:
         vars(self).update(_of_process=of_process, _of_thread=threading.local(), _leaving=threading.Lock())
 
     @contextmanager
-    def of(self, group: dist.ProcessGroup) -> Iterator[None]:
-        """Make the calling thread a rank of ``group``, its default group."""
+    def of(self, group: dist.ProcessGroup, backend: str) -> Iterator[None]:
+        """Make the calling thread a rank of ``group``, its default group, whose backend has this name."""
         registry._unregister_all_process_groups()  # of a thread that had this one's number before
         self._of_thread.world = World(default_pg=group)
         ranks = {rank: rank for rank in range(group.size())}
-        c10d._register_pg_in_world(group, BACKEND, registry.HashStore(), group.group_name, BACKEND, ranks)
+        c10d._register_pg_in_world(group, backend, registry.HashStore(), group.group_name, backend, ranks)
         try:
             yield
         finally:
