@@ -37,6 +37,8 @@ INDEX_ARITHMETIC = {
     "moe_dispatch/wire/agreement.py": "a word of 31 bits",
     "moe_dispatch/plan/ids/format.py": "steps of 4 bytes",
     "moe_dispatch/plan/row_index.py": "the plan's running sums",
+    "moe_dispatch/plan/counts/facts.py": "where choices of an expert are counted",
+    "moe_dispatch/plan/counts/sent.py": "the token of a choice",
     "moe_dispatch/plan/static_index.py": "the slots of a plan of fixed sizes",
     "moe_dispatch/plan/node_pieces.py": "ranks of a node, and where a token arrives",
     "moe_dispatch/rows/buffer.py": "units of a row",
@@ -117,6 +119,9 @@ def test_the_rooms_are_there() -> None:
     [
         *(f"layout/{name}" for name in ("sharding", "grid", "places", "orders", "partition", "stacked")),
         "plan/row_index",
+        "plan/counts/facts",
+        "plan/counts/sent",
+        "plan/counts/riding",
         "plan/static_index",
     ],
 )

@@ -1,8 +1,6 @@
 """Plans whose sizes are counted: every rank learns how many rows it gets before any row moves."""
 
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import NoReturn
 
 import torch
@@ -11,19 +9,22 @@ from torch import Tensor
 
 from ..layout.partition import Partition
 from ..layout.sharding import TokenSharding
-from ..wire.agreement import BAD, Statement
-from ..wire.policies import unseen_by_policies
 from ..wire.uncompiled import uncompiled
-from .ids.checks import expected_message, ids_and_word, problem_of_arguments, problem_of_values
-from .ids.exchange import IdsExchange
+from .counts.by_counts import ByCounts
+from .counts.rule import counts_cost_less
+from .ids.by_ids import ByIds
+from .ids.checks import expected_message
 from .metadata import DispatchMetadata
-from .row_index import ReceivedRows, SentRows
 from .terms import Terms
 
 
 @dataclass(frozen=True, slots=True)
 class Counted:
-    """The planner of :func:`plan_dispatch`, for :class:`MoE`: as many rows as there are, one copy to the host."""
+    """The planner of :func:`plan_dispatch`, for :class:`MoE`: as many rows as there are, one copy to the host.
+
+    Two forms of it make the same plan. One sends the ids of each rank to every rank; the other sends counts, and the
+    ids with the rows. Which one costs less follows from the number of ranks, K and E (``counts/rule.py``).
+    """
 
     def check_group(self, experts: Partition, group: dist.ProcessGroup) -> None:
         """Any group will do."""
@@ -35,45 +36,13 @@ class Counted:
     def check_report(self, report: Tensor) -> None:
         """Nothing to check."""
 
-    @unseen_by_policies
-    @torch.no_grad()
     def plan(
         self, expert_BlK: Tensor, weight_BlK: Tensor | None, terms: Terms, group: dist.ProcessGroup
     ) -> DispatchMetadata:
         """See :func:`plan_dispatch`."""
-        terms.check(group)
-        rank, sharding = group.rank(), terms.sharding
-        if problem := problem_of_arguments(expert_BlK, weight_BlK, sharding, rank):
-            num_choices, device = expected_message(expert_BlK, weight_BlK)
-            self.refuse(problem, terms, group, num_choices=num_choices, device=device)
-        expert_BlK = expert_BlK.to(torch.int64)
-        tokens = terms.tokens(rank, expert_BlK.shape[2], expert_BlK.device)
-        id_tK, word = ids_and_word(expert_BlK, weight_BlK, tokens)
-        exchange = IdsExchange.start(id_tK, word, tokens, group)
-        sent_rows = SentRows.of(id_tK, tokens)
-        sent_P = sent_rows.count_P
-        id_GK, word_P = exchange.wait()
-        received_rows = ReceivedRows.of(id_GK, tokens)
-        counts = (word_P, sent_P, received_rows.received_before_P1, received_rows.count_1)
-        # The one copy to the host.
-        words, sent, received_before, (num_rows,) = _split(torch.cat(counts).tolist(), map(len, counts))
-        if set(words) != {tokens.expected}:
-            problem = problem_of_values(expert_BlK, weight_BlK, terms.experts) if words[rank] == BAD else ""
-            Statement(tokens.facts, problem).raise_on_every_rank(device=expert_BlK.device, group=group)
-        return DispatchMetadata(
-            local_shape=(*sharding.local_shape(rank), terms.dim),
-            sharding=sharding,
-            experts=terms.experts,
-            rank=rank,
-            group=group,
-            rows_sent=tokens.by_rank(sent),
-            rows_received=tokens.by_rank([after - before for before, after in pairwise(received_before)]),
-            expert_BlK=expert_BlK.clone(),
-            **sent_rows.index(sum(sent)),
-            **received_rows.index(received_before[-1], num_rows),
-        )
+        num_choices, _ = expected_message(expert_BlK, weight_BlK)
+        return _cheaper_form(terms, num_choices).plan(expert_BlK, weight_BlK, terms, group)
 
-    @torch.no_grad()
     def refuse(
         self, problem: str, terms: Terms, group: dist.ProcessGroup, *, num_choices: int, device: torch.device
     ) -> NoReturn:
@@ -84,10 +53,13 @@ class Counted:
             num_choices: K, as the peers believe.
             device: that the group communicates on.
         """
-        terms.check(group)
-        tokens = terms.tokens(group.rank(), num_choices, device)
-        IdsExchange.refuse(BAD, tokens, terms.sharding.local_sizes[group.rank()], group, device)
-        Statement("", problem).raise_on_every_rank(device=device, group=group)
+        _cheaper_form(terms, num_choices).refuse(problem, terms, group, num_choices=num_choices, device=device)
+
+
+def _cheaper_form(terms: Terms, num_choices: int) -> ByIds | ByCounts:
+    """The same on all ranks that agree about their number, K and E, whatever else they believe."""
+    by_counts = counts_cost_less(len(terms.experts), num_choices, terms.experts.total)
+    return ByCounts() if by_counts else ByIds()
 
 
 @uncompiled("each plan would be another graph; plan outside of what is compiled")
@@ -102,6 +74,11 @@ def plan_dispatch(
     dtype: torch.dtype | None = None,
 ) -> DispatchMetadata:
     """Plan which rows go where. One collective of known size, then one copy to the host: the only one of the layer.
+
+    On few ranks the ids of all tokens go to every rank. On many (from 11 on for K = 8 of 256 experts, 13 with fewer),
+    counts do, and ids travel with the rows of :func:`dispatch`: the cost of a plan then does not grow with the ranks.
+    Rows, results and gradients have the same bits. What :class:`DispatchMetadata` says of received rows is then known
+    once a dispatch has finished.
 
     Args:
         expert_BlK: (b, l, K), or (l, b, K), int64 or int32: the experts of each of this rank's tokens. -1 means no
@@ -122,16 +99,11 @@ def plan_dispatch(
         DisagreementError: on every rank: they differ in dim, dtype, experts, sharding or K.
         ValueError: a group of another size, or terms that cannot be; on every rank, before any collective.
 
-    The first two are raised after the exchange of ids and before any row moves; the group stays usable. What changes
-    *how much* a rank sends cannot be told this way: a shard of another size, or a K that takes another number of
-    steps of 4 bytes. The backend then fails, or waits for its time-out.
+    The first two are raised after the exchange and before any row moves; the group stays usable. What changes *how
+    much* a rank sends in it cannot be told this way. On few ranks that is a shard of another size, or a K that takes
+    another number of steps of 4 bytes. On many it is only a partition whose largest piece is in another class (up to
+    6 experts, 14, 30 and so on), or a K that would have ids go to all. The backend then fails, or waits for its
+    time-out.
     """
     terms = Terms(sharding=sharding, experts=experts, dim=dim, dtype=dtype)
     return Counted().plan(expert_BlK, weight_BlK, terms, group)
-
-
-def _split(values: list[int], sizes: Iterable[int]) -> Iterator[tuple[int, ...]]:
-    start = 0
-    for size in sizes:
-        yield tuple(values[start : start + size])
-        start += size

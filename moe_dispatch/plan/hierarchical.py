@@ -23,7 +23,7 @@ from ..layout.sharding import TokenSharding
 from ..wire.exchange import check_group, check_is_group
 from ..wire.policies import unseen_by_policies
 from ..wire.uncompiled import uncompiled
-from .counted import Counted
+from .ids.by_ids import ByIds
 from .ids.checks import expected_message
 from .metadata import DispatchMetadata
 from .node_pieces import NodePieces, tokens_that_came, within_of_came
@@ -64,6 +64,11 @@ class HierarchicalPlan:
     def rows_per_expert_e(self) -> Tensor:
         """(e,) how many rows each of this rank's experts got."""
         return self.within.rows_per_expert_e
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of this rank's experts."""
+        return self.within.num_rows
 
     @property
     def token_of_row_M(self) -> Tensor:
@@ -154,9 +159,9 @@ class NodeGroups:
         pieces = self._pieces(terms, device)
         of_column, of_node = self._terms_of_steps(terms, pieces, num_choices)
         with self._told_to_the_node(of_node, num_choices, device):
-            between = Counted().plan(expert_BlK, weight_BlK, of_column, self.inter)
+            between = ByIds().plan(expert_BlK, weight_BlK, of_column, self.inter)
         came = tokens_that_came(between, pieces)
-        of_all = Counted().plan(came.expert_GK.unsqueeze(0), None, of_node, self.intra)
+        of_all = ByIds().plan(came.expert_GK.unsqueeze(0), None, of_node, self.intra)
         return HierarchicalPlan(nodes=self, between=between, within=within_of_came(of_all, came, pieces))
 
     @torch.no_grad()
@@ -166,7 +171,7 @@ class NodeGroups:
         """Take this rank's part in a plan that it cannot make, and raise ``problem`` on every rank of every node."""
         of_column, of_node = self._terms_of_steps(terms, self._pieces(terms, device), num_choices)
         with self._told_to_the_node(of_node, num_choices, device):
-            Counted().refuse(problem, of_column, self.inter, num_choices=num_choices, device=device)
+            ByIds().refuse(problem, of_column, self.inter, num_choices=num_choices, device=device)
 
     def _pieces(self, terms: Terms, device: torch.device) -> NodePieces:
         shape = f"{self.inter.size()} nodes of {self.intra.size()} ranks"
@@ -200,7 +205,7 @@ class NodeGroups:
         except GroupError as error:
             place = f"rank {self.intra.rank()} + {self.intra.size()} i"
             problem = f"between nodes, where rank i is {place} of all: {error}"
-            Counted().refuse(problem, of_node, self.intra, num_choices=num_choices, device=device)
+            ByIds().refuse(problem, of_node, self.intra, num_choices=num_choices, device=device)
 
 
 @uncompiled("each plan would be another graph; plan outside of what is compiled")

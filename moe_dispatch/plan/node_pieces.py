@@ -8,8 +8,8 @@ from torch import Tensor
 from ..layout.partition import Partition
 from ..layout.sharding import TokenSharding
 from ..layout.stacked import stacked_tokens
-from .metadata import DispatchMetadata
-from .row_index import inverse
+from .metadata import DispatchMetadata, KnownIndex
+from .row_index import RowIndex, inverse
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,10 +100,11 @@ def tokens_that_came(between: DispatchMetadata, pieces: NodePieces) -> CameToken
     """The tokens that came to this rank from between nodes, with what they chose in this node."""
     device, num_choices = between.expert_BlK.device, between.expert_BlK.shape[2]
     token_of_received_R = torch.zeros(between.num_received, dtype=torch.int64, device=device)
-    token_of_received_R[between.received_of_row_M] = between.token_of_row_M
+    index = between.index
+    token_of_received_R[index.received_of_row_M] = index.token_of_row_M
     g_of_received_R = pieces.g_of_sorted_G[torch.searchsorted(pieces.sorted_token_G, token_of_received_R)]
     expert_GK = torch.full((len(pieces.g_of_sorted_G), num_choices), -1, dtype=torch.int64, device=device)
-    expert_GK[g_of_received_R[between.received_of_row_M], between.choice_of_row_M] = expert_of_row(between)
+    expert_GK[g_of_received_R[index.received_of_row_M], index.choice_of_row_M] = expert_of_row(between)
     return CameTokens(g_of_received_R=g_of_received_R, expert_GK=expert_GK)
 
 
@@ -113,7 +114,8 @@ def within_of_came(plan: DispatchMetadata, came: CameTokens, pieces: NodePieces)
     received_of_G = torch.zeros_like(came.expert_GK[:, 0])  # 0 for tokens that did not come: they have no entry
     num_came = len(came.g_of_received_R)
     received_of_G[came.g_of_received_R] = torch.arange(num_came, device=received_of_G.device)
-    token_of_row_M = pieces.token_of_all_A[plan.token_of_row_M]
+    index = plan.index
+    token_of_row_M = pieces.token_of_all_A[index.token_of_row_M]
     # As flat: by expert, then global token; a stable sort leaves the choices of a token in order.
     key_of_row_M = expert_of_row(plan) * pieces.column.num_tokens + token_of_row_M
     old_of_row_M = key_of_row_M.argsort(stable=True)
@@ -124,10 +126,15 @@ def within_of_came(plan: DispatchMetadata, came: CameTokens, pieces: NodePieces)
         expert_BlK=came.expert_GK[came.g_of_received_R].unsqueeze(0),
         experts=pieces.mine,
         rows_per_expert_e=plan.rows_per_expert_e[: pieces.mine.sizes[plan.rank]].clone(),
-        token_of_row_M=token_of_row_M[old_of_row_M],
-        received_of_row_M=plan.received_of_row_M[old_of_row_M],
-        choice_of_row_M=plan.choice_of_row_M[old_of_row_M],
-        row_of_entry_M=row_of_old_M[plan.row_of_entry_M],
+        row_index=KnownIndex(
+            RowIndex(
+                token_of_row_M=token_of_row_M[old_of_row_M],
+                received_of_row_M=index.received_of_row_M[old_of_row_M],
+                choice_of_row_M=index.choice_of_row_M[old_of_row_M],
+                row_of_entry_M=row_of_old_M[index.row_of_entry_M],
+                first_entry_R=index.first_entry_R,
+            )
+        ),
         token_of_sent_S=received_of_G[plan.token_of_sent_S],
         first_entry_t=plan.first_entry_t[came.g_of_received_R],
     )
@@ -136,6 +143,4 @@ def within_of_came(plan: DispatchMetadata, came: CameTokens, pieces: NodePieces)
 def expert_of_row(plan: DispatchMetadata) -> Tensor:
     """(M,) expert of each row, counted from the first one here."""
     rows_e = plan.rows_per_expert_e
-    return torch.arange(len(rows_e), device=rows_e.device).repeat_interleave(
-        rows_e, output_size=len(plan.token_of_row_M)
-    )
+    return torch.arange(len(rows_e), device=rows_e.device).repeat_interleave(rows_e, output_size=plan.num_rows)

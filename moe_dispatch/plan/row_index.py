@@ -1,11 +1,30 @@
 """From the routing of a group to the index tensors of one rank's plan."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
 from .ids.group_tokens import GroupTokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class RowIndex:
+    """Received rows -> rows of my experts, and back: what a plan knows of rows only once all ids have come. Each
+    tensor is told at :class:`DispatchMetadata`."""
+
+    token_of_row_M: Tensor
+    received_of_row_M: Tensor
+    choice_of_row_M: Tensor
+    row_of_entry_M: Tensor
+    first_entry_R: Tensor
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, RowIndex):
+            return NotImplemented
+        return all(torch.equal(getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,45 +93,66 @@ class ReceivedRows:
         """Rows that came from before each peer, and from all."""
         return self.received_before_G1.index_select(0, self.tokens.start_P1)
 
-    def index(self, num_received: int, num_rows: int) -> dict[str, Tensor]:
-        """Received rows -> rows of my experts, and back."""
-        tokens = self.tokens
-        # Choices are in (received row, choice) order, so a stable sort leaves those of a token in order.
-        flat_of_entry_M = torch.nonzero_static(self.mine_GK, size=num_rows)[:, 0]
-        g_of_entry_M = flat_of_entry_M // tokens.num_choices
-        token_of_entry_M = tokens.token_of_G.index_select(0, g_of_entry_M)
-        mine_of_entry_M = self.mine_GK.index_select(0, flat_of_entry_M)
-        choice_of_entry_M = flat_of_entry_M.sub(g_of_entry_M, alpha=tokens.num_choices)
-        received_of_entry_M = self.received_before_G1.index_select(0, g_of_entry_M)
-        entry_M = torch.arange(num_rows, device=mine_of_entry_M.device)
-        # Every received row has an entry, so the least one is where it starts; ``starts`` takes 5 times as long.
-        first_entry_R = entry_M.new_full((num_received,), num_rows).scatter_reduce_(
-            0, received_of_entry_M, entry_M, "amin"
-        )
-        return {
-            **rows_of_entries(tokens, mine_of_entry_M, token_of_entry_M, received_of_entry_M, choice_of_entry_M),
-            "first_entry_R": first_entry_R,
-        }
+    def index(self, num_received: int, num_rows: int) -> tuple[Tensor, RowIndex]:
+        """How many rows each of my experts got, (e,); and received rows -> rows of my experts, and back."""
+        entries = Entries.of(self.mine_GK, num_rows, self.tokens.num_choices)
+        token_of_entry_M = self.tokens.token_of_G.index_select(0, entries.source_M)
+        received_of_entry_M = self.received_before_G1.index_select(0, entries.source_M)
+        key_of_row_M, order = rows_in_order(entries, token_of_entry_M, received_of_entry_M, self.tokens.num_tokens)
+        first_entry_R = first_entries(received_of_entry_M, num_received)
+        return rows_per_expert(key_of_row_M, self.tokens), RowIndex(**order, first_entry_R=first_entry_R)
 
 
-def rows_of_entries(
-    tokens: GroupTokens,
-    mine_of_entry_M: Tensor,
-    token_of_entry_M: Tensor,
-    received_of_entry_M: Tensor,
-    choice_of_entry_M: Tensor,
-) -> dict[str, Tensor]:
-    """Entries -> rows: by expert, then global token, then choice; ``mine`` counts from 1, and is larger than all
-    experts where an entry belongs to none."""
-    key_of_entry_M = token_of_entry_M.add(mine_of_entry_M, alpha=max(tokens.num_tokens, 1))
+@dataclass(frozen=True, slots=True)
+class Entries:
+    """The choices that fell on my experts, in the order of their sources (tokens, or received rows), then by choice.
+
+    Attributes:
+        source_M: the source of each.
+        mine_M: 1 + my expert; larger than all where an entry belongs to none.
+        choice_M: which of its token's K choices it is.
+    """
+
+    source_M: Tensor
+    mine_M: Tensor
+    choice_M: Tensor
+
+    @classmethod
+    def of(cls, mine_GK: Tensor, num_rows: int, num_choices: int) -> "Entries":
+        """``mine_GK``: flat, 1 + my expert of each choice of each source, 0 for others; ``num_rows`` of them are."""
+        # Choices are in (source, choice) order, so a stable sort leaves those of a source in order.
+        flat_M = torch.nonzero_static(mine_GK, size=num_rows)[:, 0]
+        source_M = flat_M // num_choices
+        return cls(source_M, mine_GK.index_select(0, flat_M), flat_M.sub(source_M, alpha=num_choices))
+
+
+def rows_in_order(
+    entries: Entries, token_of_entry_M: Tensor, received_of_entry_M: Tensor, num_tokens: int
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Entries -> rows: by expert, then global token, then choice. The keys ``mine * num_tokens + token`` of the rows,
+    and the tensors of a :class:`RowIndex` but one."""
+    key_of_entry_M = token_of_entry_M.add(entries.mine_M, alpha=max(num_tokens, 1))
     key_of_row_M, entry_of_row_M = key_of_entry_M.sort(stable=True)
-    return {
-        "rows_per_expert_e": torch.searchsorted(key_of_row_M, tokens.first_key_e1).diff(),
+    return key_of_row_M, {
         "token_of_row_M": token_of_entry_M.index_select(0, entry_of_row_M),
         "received_of_row_M": received_of_entry_M.index_select(0, entry_of_row_M),
-        "choice_of_row_M": choice_of_entry_M.index_select(0, entry_of_row_M),
+        "choice_of_row_M": entries.choice_M.index_select(0, entry_of_row_M),
         "row_of_entry_M": inverse(entry_of_row_M),
     }
+
+
+def rows_per_expert(key_of_row_M: Tensor, tokens: GroupTokens) -> Tensor:
+    """(e,) how many of the rows with these keys, in order, belong to each of my experts."""
+    return torch.searchsorted(key_of_row_M, tokens.first_key_e1).diff()
+
+
+def first_entries(received_of_entry_M: Tensor, num_received: int) -> Tensor:
+    """Where the entries of each received row start. Every one has an entry, so the least is the first; ``starts``
+    takes 5 times as long."""
+    num_entries = len(received_of_entry_M)
+    entry_M = torch.arange(num_entries, device=received_of_entry_M.device)
+    first_R = entry_M.new_full((num_received,), num_entries)
+    return first_R.scatter_reduce_(0, received_of_entry_M, entry_M, "amin")
 
 
 def starts(key_of_entry: Tensor, num_things: int, step: int = 1) -> Tensor:

@@ -20,7 +20,7 @@ from ..wire.policies import unseen_by_policies
 from ..wire.uncompiled import uncompiled
 from .ids.checks import expected_message, ids_and_word, problem_of_arguments
 from .ids.exchange import IdsExchange
-from .metadata import DispatchMetadata
+from .metadata import DispatchMetadata, KnownIndex
 from .row_index import ReceivedRows, SentRows
 from .static_index import index_received, index_sent, needed_sizes
 from .static_report import report_of, report_size, told
@@ -115,13 +115,15 @@ class StaticSizes:
             self.refuse(problem, terms, group, num_choices=num_choices, device=device)
         expert_BlK = expert_BlK.to(torch.int64)
         tokens = terms.tokens(rank, expert_BlK.shape[2], expert_BlK.device)
-        id_tK, word = ids_and_word(expert_BlK, weight_BlK, tokens)
+        id_tK, word = ids_and_word(expert_BlK, weight_BlK, tokens.num_experts, tokens.expected)
         exchange = IdsExchange.start(id_tK, word, tokens, group)
         sent = index_sent(SentRows.of(id_tK, tokens), self.rows_per_pair)
         id_GK, word_P = exchange.wait()
         _raise_where_a_peer_left(word_P, tokens.facts, group)
         needed_2 = needed_sizes(id_GK, tokens)
         report = report_of(word_P, needed_2)
+        received_rows = ReceivedRows.of(id_GK, tokens)
+        per_expert_e, row_index = index_received(received_rows.mine_GK, tokens, self.rows_per_pair, self.rows)
         problem = report[:-2].any() | (needed_2[0] > self.rows_per_pair) | (needed_2[1] > self.rows)
         return StaticPlan(
             local_shape=(*sharding.local_shape(rank), terms.dim),
@@ -135,8 +137,9 @@ class StaticSizes:
             sizes=self,
             report=report,
             doubt=torch.zeros((), device=word_P.device).masked_fill_(problem, torch.nan),
+            rows_per_expert_e=per_expert_e,
+            row_index=KnownIndex(row_index),
             **sent,
-            **index_received(ReceivedRows.of(id_GK, tokens).mine_GK, tokens, self.rows_per_pair, self.rows),
         )
 
     @torch.no_grad()

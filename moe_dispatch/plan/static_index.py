@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .ids.group_tokens import GroupTokens
-from .row_index import SentRows, rows_of_entries, starts
+from .row_index import Entries, RowIndex, SentRows, rows_in_order, rows_per_expert, starts
 
 # Unused entries are summed up as bags of their own, which are cut off: of few entries each, since a GPU adds up the
 # entries of a bag one after the other.
@@ -42,8 +42,8 @@ def index_sent(sent_rows: SentRows, in_pair: int) -> dict[str, Tensor]:
     }
 
 
-def index_received(mine_GK: Tensor, tokens: GroupTokens, in_pair: int, num_rows: int) -> dict[str, Tensor]:
-    """Received slots -> rows of my experts, and back.
+def index_received(mine_GK: Tensor, tokens: GroupTokens, in_pair: int, num_rows: int) -> tuple[Tensor, RowIndex]:
+    """How many rows each of my experts got, (e,); and received slots -> rows of my experts, and back.
 
     Args:
         mine_GK: flat, 1 + my expert of each choice; 0 for the choices that fell elsewhere.
@@ -58,13 +58,15 @@ def index_received(mine_GK: Tensor, tokens: GroupTokens, in_pair: int, num_rows:
     flat_of_entry_M = torch.nonzero_static(mine_GK * fits_GK, size=num_rows, fill_value=len(mine_GK))[:, 0]
     g_of_entry_M = flat_of_entry_M // num_choices
     token_of_entry_M = _with_last(tokens.token_of_G, -1).index_select(0, g_of_entry_M)
-    mine_of_entry_M = _with_last(mine_GK, after_mine).index_select(0, flat_of_entry_M)
     slot_of_entry_M = _with_last(slot_G, num_received).index_select(0, g_of_entry_M)
-    choice_of_entry_M = flat_of_entry_M.sub(g_of_entry_M, alpha=num_choices)
-    return {
-        **rows_of_entries(tokens, mine_of_entry_M, token_of_entry_M, slot_of_entry_M, choice_of_entry_M),
-        "first_entry_R": _starts_and_rest(slot_of_entry_M, num_received),
-    }
+    entries = Entries(
+        source_M=g_of_entry_M,
+        mine_M=_with_last(mine_GK, after_mine).index_select(0, flat_of_entry_M),
+        choice_M=flat_of_entry_M.sub(g_of_entry_M, alpha=num_choices),
+    )
+    key_of_row_M, order = rows_in_order(entries, token_of_entry_M, slot_of_entry_M, tokens.num_tokens)
+    first_entry_R = _starts_and_rest(slot_of_entry_M, num_received)
+    return rows_per_expert(key_of_row_M, tokens), RowIndex(**order, first_entry_R=first_entry_R)
 
 
 def needed_sizes(id_GK: Tensor, tokens: GroupTokens) -> Tensor:

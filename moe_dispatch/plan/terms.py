@@ -52,21 +52,19 @@ class Terms:
 
     def facts(self, num_choices: int) -> str:
         """What the ranks have to agree about, as text."""
-        return self.of_whole or self.sharding.keep(
-            ("facts", *self._key(num_choices)), lambda: self._told(num_choices)
-        )
+        return self.of_whole or self.sharding.keep(("facts", *self.key(num_choices)), lambda: self._told(num_choices))
 
     def tokens(self, rank: int, num_choices: int, device: torch.device) -> GroupTokens:
         """The tokens of the group as ``rank`` plans with them, K choices each. Made once and kept by the sharding, so
         that all layers of a step use the same."""
         return self.sharding.keep(
-            (GroupTokens, rank, device, *self._key(num_choices)),
+            (GroupTokens, rank, device, *self.key(num_choices)),
             lambda: GroupTokens.made(
                 self.sharding, self.experts, rank, num_choices, facts=self.facts(num_choices), device=device
             ),
         )
 
-    def _key(self, num_choices: int) -> tuple[Hashable, ...]:
+    def key(self, num_choices: int) -> tuple[Hashable, ...]:
         """All but the sharding, which keeps what is made: held by itself, it would never be freed."""
         return self.experts, self.dim, self.dtype, self.also, self.of_whole, num_choices
 

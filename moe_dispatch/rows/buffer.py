@@ -7,6 +7,7 @@ read a vector (:func:`row_bytes`).
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -97,3 +98,16 @@ class RowFormat:
         if dtype.itemsize == self._unit.itemsize:
             return part.view(dtype)
         return part.clone(memory_format=torch.contiguous_format).view(dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class RowFormats:
+    """Of rows with weights on the way to the experts, with what rides with them, and of their gradients home."""
+
+    there: RowFormat
+    home: RowFormat
+
+    @classmethod
+    def of(cls, x_tD: Tensor, weight_tK: Tensor, rides: Sequence[Tensor]) -> "RowFormats":
+        home = RowFormat(x_tD, weight_tK)
+        return cls(RowFormat(x_tD, weight_tK, *rides) if rides else home, home)

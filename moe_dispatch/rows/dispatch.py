@@ -9,7 +9,7 @@ from ..plan.hierarchical import HierarchicalPlan
 from ..plan.planner import Plan
 from ..wire.local_tensors import problem_of_dtensors
 from ..wire.uncompiled import uncompiled
-from .buffer import RowFormat
+from .buffer import RowFormats
 from .functions import FinishBetween, FinishDispatch, StartDispatch
 from .row_exchange import RowExchange
 from .sums import SUMMED
@@ -22,12 +22,12 @@ class PendingDispatch:
     _plan: Plan
     _link: Tensor
     _exchange: RowExchange
-    _row_format: RowFormat
+    _formats: RowFormats
 
     @uncompiled("each plan would be another graph; move rows outside of what is compiled")
     def finish(self) -> tuple[Tensor, Tensor]:
         """Wait for the rows: what :func:`dispatch` returns. RuntimeError the second time."""
-        on_their_way = self._link, self._exchange, self._row_format
+        on_their_way = self._link, self._exchange, self._formats
         if isinstance(self._plan, HierarchicalPlan):
             x_RD, weight_RK = FinishBetween.apply(*on_their_way)  # type: ignore[misc]
             return dispatch(x_RD.unsqueeze(0), weight_RK.unsqueeze(0), self._plan.within)
@@ -74,9 +74,9 @@ def start_dispatch(x_BlD: Tensor, weight_BlK: Tensor, metadata: Plan) -> Pending
     _check_tokens(x_BlD, weight_BlK, metadata)
     x_tD, weight_tK = x_BlD.flatten(0, 1), weight_BlK.flatten(0, 1)
     first_step = metadata.between if isinstance(metadata, HierarchicalPlan) else metadata
-    exchange, row_format = RowExchange(first_step), RowFormat(x_tD, weight_tK)
-    link: Tensor = StartDispatch.apply(x_tD, weight_tK, exchange, row_format)  # type: ignore[assignment]
-    return PendingDispatch(metadata, link, exchange, row_format)
+    exchange, formats = RowExchange(first_step), RowFormats.of(x_tD, weight_tK, first_step.row_index.rides)
+    link: Tensor = StartDispatch.apply(x_tD, weight_tK, exchange, formats)  # type: ignore[assignment]
+    return PendingDispatch(metadata, link, exchange, formats)
 
 
 def _check_tokens(x_BlD: Tensor, weight_BlK: Tensor, metadata: Plan) -> None:

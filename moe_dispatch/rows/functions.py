@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..wire.policies import unseen_by_policies
-from .buffer import RowFormat
+from .buffer import RowFormat, RowFormats
 from .row_exchange import RowExchange
 from .sums import dot_rows, sum_rows, sum_weighted_rows, weigh_rows
 
@@ -27,15 +27,15 @@ class StartDispatch(torch.autograd.Function):
     """The half of A, and of its adjoint, on the tokens' rank. ``link`` is a number without meaning that ties the
     halves together in the graph.
 
-    forward   send x_tD, weight_tK to the ranks that need them
+    forward   send x_tD, weight_tK, and what rides with them, to the ranks that need them
     backward  d x_tD, d weight_tK = the sums of what came back
     """
 
     @staticmethod
     @unseen_by_policies
-    def forward(ctx: Any, x_tD: Tensor, weight_tK: Tensor, exchange: RowExchange, row_format: RowFormat) -> Tensor:
-        ctx.exchange, ctx.row_format = exchange, row_format
-        exchange.start(row_format, x_tD, weight_tK)
+    def forward(ctx: Any, x_tD: Tensor, weight_tK: Tensor, exchange: RowExchange, formats: RowFormats) -> Tensor:
+        ctx.exchange, ctx.row_format = exchange, formats.home
+        exchange.start(formats.there, x_tD, weight_tK, *exchange.plan.row_index.rides)
         return x_tD.new_zeros(())
 
     @staticmethod
@@ -54,7 +54,7 @@ class StartDispatch(torch.autograd.Function):
 class FinishDispatch(torch.autograd.Function):
     """The half on the experts' rank.
 
-    forward   x_MD, weight_M = one copy of what came for each choice
+    forward   x_MD, weight_M = one copy of what came for each choice, as what rode with it tells
     backward  send back the sums of d x_MD, and d weight_M in its token's row
 
     Saves an empty tensor: a checkpoint recomputes, and so dispatches again, on the ranks on which backward asks for
@@ -63,12 +63,13 @@ class FinishDispatch(torch.autograd.Function):
 
     @staticmethod
     @unseen_by_policies
-    def forward(ctx: Any, link: Tensor, exchange: RowExchange, row_format: RowFormat) -> tuple[Tensor, Tensor]:
-        ctx.exchange, ctx.row_format, plan = exchange, row_format, exchange.plan
+    def forward(ctx: Any, link: Tensor, exchange: RowExchange, formats: RowFormats) -> tuple[Tensor, Tensor]:
+        ctx.exchange, ctx.row_format, plan = exchange, formats.home, exchange.plan
         ctx.save_for_backward(link.new_empty(0))
-        buffer_RC = exchange.wait()
-        weight_M = row_format.read_part(buffer_RC, 1)[plan.received_of_row_M, plan.choice_of_row_M]
-        return row_format.read_rows(buffer_RC, 0, plan.received_of_row_M), weight_M
+        buffer_RC, there = exchange.wait(), formats.there
+        plan.row_index.came([there.read_part(buffer_RC, 2 + i) for i in range(len(plan.row_index.rides))])
+        weight_M = there.read_part(buffer_RC, 1)[plan.received_of_row_M, plan.choice_of_row_M]
+        return there.read_rows(buffer_RC, 0, plan.received_of_row_M), weight_M
 
     @staticmethod
     @once_differentiable
@@ -91,9 +92,9 @@ class FinishBetween(torch.autograd.Function):
 
     @staticmethod
     @unseen_by_policies
-    def forward(ctx: Any, link: Tensor, exchange: RowExchange, row_format: RowFormat) -> tuple[Tensor, Tensor]:
-        ctx.exchange, ctx.row_format = exchange, row_format
-        x_RD, weight_RK = row_format.read(exchange.wait())
+    def forward(ctx: Any, link: Tensor, exchange: RowExchange, formats: RowFormats) -> tuple[Tensor, Tensor]:
+        ctx.exchange, ctx.row_format = exchange, formats.home
+        x_RD, weight_RK = formats.there.read(exchange.wait())
         return x_RD, weight_RK
 
     @staticmethod

@@ -13,7 +13,7 @@ from ..desk.provenance import provenance
 from .attention import forecast_attention
 from .attention_report import as_json, print_attention
 from .config import PlanConfig, load_plan_config
-from .crossing import find_crossing
+from .plan_bytes import plan_bytes
 from .predict import predict
 from .report import print_plan, write_plan
 
@@ -34,16 +34,16 @@ class Job:
     def run(self) -> int:
         """The exit status, 0."""
         predictions = [prediction for config in self.configs for prediction in predict(config)]
-        crossing = find_crossing(self.configs[0])
+        of_plans = list(plan_bytes(self.configs, predictions))
         console, config = output_console(json=self.json), self.configs[0]
-        print_plan(console, config, predictions, crossing)
+        print_plan(console, config, predictions, of_plans)
         found: dict[str, Any] = {}
         if config.attention is not None:
             forecast = forecast_attention(config, config.attention)
             print_attention(console, config, config.attention, forecast)
             found["attention"] = as_json(forecast)
         if self.json:
-            write_plan(self.json, self.configs, predictions, crossing, found, origin=self.origin)
+            write_plan(self.json, self.configs, predictions, of_plans, found, origin=self.origin)
         return 0
 
 

@@ -24,7 +24,7 @@ class Prediction:
         routing: "uniform", or Zipf's law with its exponent.
         rows_sent: mean rows that a rank sends to others in dispatch.
         intra_bytes, inter_bytes: per token, dispatch and combine, to ranks of the same node and of others. The
-            backward sends as many again.
+            backward sends as many again, without the ids that ride with rows by counts.
         plan_intra_bytes, plan_inter_bytes: mean per rank, of the plan.
         milliseconds: of plan, forward and backward: in each collective the busiest rank's slower link, in the
             direction with more, and a latency.
@@ -126,7 +126,8 @@ def _numbers(config: PlanConfig, traffic: Traffic) -> dict[str, float]:
     forth = [tuple(traffic.there * sum_P for sum_P in leg) for leg in rows]
     back = [tuple(traffic.home * leg[link] for link in (2, 3, 0, 1)) for leg in reversed(rows)]
     forward = [*plan, *forth, *back]
-    backward = [*_turned(back), *_turned(forth)]
+    gradients = [tuple(traffic.gradient * sum_P for sum_P in leg) for leg in rows]
+    backward = [*_turned(back), *_turned(gradients)]
     fullest_rows = traffic.rows_P.max().item()
     payload_P = sum((rows_PP.sum(0) + rows_PP.sum(1) for rows_PP in traffic.ways), sum(traffic.kept, torch.zeros(())))
 

@@ -7,11 +7,12 @@ from typing import Any
 
 from rich.console import Console
 
+from ...plan.counts.rule import first_by_counts
 from ..desk.console import print_lines
 from ..desk.output import write_json
 from ..desk.tables import FittingTable
 from .config import PlanConfig
-from .crossing import MOST_RANKS, Crossing
+from .plan_bytes import PlanBytes
 from .predict import Prediction
 
 NAMES = ("routing", "scheme")
@@ -26,7 +27,9 @@ FIRST_TO_GO = (
 BELOW = "; --json has all"
 
 
-def print_plan(console: Console, config: PlanConfig, predictions: Sequence[Prediction], crossing: Crossing) -> None:
+def print_plan(
+    console: Console, config: PlanConfig, predictions: Sequence[Prediction], of_plans: Sequence[PlanBytes]
+) -> None:
     """What is planned, a line for each number of ranks, routing and scheme, then what to know about the numbers."""
     print_lines(console, [_header(config)])
     numbers = [column for column in COLUMNS if column not in NAMES]
@@ -38,14 +41,14 @@ def print_plan(console: Console, config: PlanConfig, predictions: Sequence[Predi
         table.add_row(*_cells(each))
         before = each
     table.print(console)
-    print_lines(console, _notes(config, predictions, crossing))
+    print_lines(console, _notes(config, predictions, of_plans))
 
 
 def write_plan(
     path: Path,
     configs: Sequence[PlanConfig],
     predictions: Sequence[Prediction],
-    crossing: Crossing,
+    of_plans: Sequence[PlanBytes],
     more: Mapping[str, Any],
     *,
     origin: Mapping[str, str],
@@ -55,7 +58,8 @@ def write_plan(
         **origin,
         "configs": [asdict(config) for config in configs],  # pyright: ignore[reportArgumentType]
         "predictions": [asdict(each) for each in predictions],
-        "counts_first": asdict(crossing),
+        "plans": [{**asdict(each), "by_counts": each.by_counts} for each in of_plans],
+        "by_counts_from_ranks": _first_by_counts(configs[0]),
         **more,
     }
     write_json(path, document)
@@ -89,15 +93,17 @@ def _header(config: PlanConfig) -> str:
     )
 
 
-def _notes(config: PlanConfig, predictions: Sequence[Prediction], crossing: Crossing) -> Iterator[str]:
+def _notes(config: PlanConfig, predictions: Sequence[Prediction], of_plans: Sequence[PlanBytes]) -> Iterator[str]:
     model = config.model
-    bytes_from = crossing.ranks_by_bytes or f"more than {MOST_RANKS}"
-    time_from = crossing.ranks_by_time or f"more than {MOST_RANKS}"
     yield (
-        "The plan sends the ids of each rank's tokens to every rank. To send counts first, and ids with the rows, "
-        f"takes fewer bytes from {bytes_from} ranks on, and less time, with one more collective, from {time_from} "
-        "ranks on."
+        f"plan_dispatch sends ids to every rank on fewer than {_first_by_counts(config)} ranks; from then on counts, "
+        "and ids with the rows, in as many collectives. A rank gets for its plan, with uniform routing:"
     )
+    for each in of_plans:
+        yield (
+            f"{each.ranks} ranks, {each.form}: {each.by_ids / 1e3:.1f} kB by ids; {each.by_counts / 1e3:.1f} kB by "
+            f"counts, {each.counts / 1e3:.1f} of them counts and {each.riding / 1e3:.1f} beside rows."
+        )
     if model.limited_groups < model.groups:
         yield (
             "Uniform routing draws a token's groups at random. Zipf routing takes the groups with the best two "
@@ -108,3 +114,7 @@ def _notes(config: PlanConfig, predictions: Sequence[Prediction], crossing: Cros
             f"{ranks} ranks for {model.experts} experts: {ranks - model.experts} of them hold none. Plan for the "
             f"expert-parallel group, of at most {model.experts} ranks; the others hold copies of it."
         )
+
+
+def _first_by_counts(config: PlanConfig) -> int:
+    return first_by_counts(config.model.top_k, config.model.experts)

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...plan.ids.format import IdFormat
+from ...plan.counts.facts import message_bytes
+from ...plan.counts.rule import counts_cost_less, riding_steps
+from ...plan.ids.format import STEP, IdFormat
 from ...rows.buffer import row_bytes
 from .demand import Demand
 
@@ -36,6 +38,11 @@ class Widths:
         """A row with all K weights of its token, as ``rows/buffer.py`` lays it out."""
         return row_bytes(self.row, self.num_choices * self.weight_bytes)
 
+    def riding_row(self, num_experts: int) -> int:
+        """The same with what rides there by a plan by counts."""
+        riding = riding_steps(self.num_choices, num_experts) * STEP.itemsize
+        return row_bytes(self.row, self.num_choices * self.weight_bytes, riding)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Traffic:
@@ -46,6 +53,7 @@ class Traffic:
         ways: rows of each leg of the dispatch; combine and backward go the same ways, forth and home.
         kept: rows of each rank that stay there, for each leg, where they do not travel.
         there, home: bytes of a row of dispatch, and of combine.
+        gradient: bytes of a row's gradient in the backward of dispatch.
         rows_P: rows of each rank's experts.
     """
 
@@ -54,6 +62,7 @@ class Traffic:
     kept: tuple[Tensor, ...]
     there: int
     home: int
+    gradient: int
     rows_P: Tensor
 
     @property
@@ -67,7 +76,7 @@ class Traffic:
     @property
     def backward(self) -> tuple[Tensor, ...]:
         out = tuple(rows_PP * self.home for rows_PP in self.ways)
-        return (*out, *(rows_PP.T * self.there for rows_PP in reversed(self.ways)))
+        return (*out, *(rows_PP.T * self.gradient for rows_PP in reversed(self.ways)))
 
 
 def row_per_choice(demand: Demand, widths: Widths) -> Traffic:
@@ -80,22 +89,28 @@ def row_per_choice(demand: Demand, widths: Widths) -> Traffic:
         kept=(torch.zeros(len(sizes_P)),),
         there=widths.row,
         home=widths.row,
+        gradient=widths.row,
         rows_P=demand.choices_PP.sum(0),
     )
 
 
 def row_per_rank(demand: Demand, widths: Widths) -> Traffic:
-    """``plan_dispatch``, ``dispatch``, ``combine``: every choice to every rank, then one row per token and rank."""
-    ranks = len(demand.experts)
-    message_P = routing_bytes(demand.tokens_P, widths.num_choices, demand.experts.total)
+    """``plan_dispatch``, ``dispatch``, ``combine``: every choice, or counts, to every rank, then one row per token
+    and rank."""
+    ranks, num_experts = len(demand.experts), demand.experts.total
+    by_counts = counts_cost_less(ranks, widths.num_choices, num_experts)
+    message_P = routing_bytes(demand.tokens_P, widths.num_choices, num_experts)
+    if by_counts:
+        message_P = torch.full_like(message_P, message_bytes(max(demand.experts.sizes)))
     plan = (message_P.unsqueeze(1).expand(ranks, ranks),)
     ways, kept = _travelling(demand.tokens_PP)
     return Traffic(
         plan=plan,
         ways=ways,
         kept=kept,
-        there=widths.weighted_row,
+        there=widths.riding_row(num_experts) if by_counts else widths.weighted_row,
         home=widths.row,
+        gradient=widths.weighted_row,
         rows_P=demand.choices_PP.sum(0),
     )
 
@@ -125,6 +140,7 @@ def row_per_node(demand: Demand, widths: Widths) -> Traffic:
         kept=kept,
         there=widths.weighted_row,
         home=widths.row,
+        gradient=widths.weighted_row,
         rows_P=demand.choices_PP.sum(0),
     )
 

@@ -1,13 +1,14 @@
 """Where rows go: seen at the plans that a step makes."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
 import torch.distributed as dist
 
-from ...plan.counted import Counted
+from ...plan.counts.by_counts import ByCounts
+from ...plan.ids.by_ids import ByIds
 from ...plan.metadata import DispatchMetadata
 
 
@@ -15,15 +16,19 @@ from ...plan.metadata import DispatchMetadata
 def first_plan() -> Iterator[list[DispatchMetadata]]:
     """Gets the first counted plan that is made inside, if any is."""
     found: list[DispatchMetadata] = []
-    plan = Counted.plan
 
-    def noted(*args: Any) -> DispatchMetadata:
-        made = plan(*args)
-        if not found:
-            found.append(made)
-        return made
+    def noting(plan: Callable[..., DispatchMetadata]) -> Callable[..., DispatchMetadata]:
+        def noted(*args: Any) -> DispatchMetadata:
+            made = plan(*args)
+            if not found:
+                found.append(made)
+            return made
 
-    with patch.object(Counted, "plan", noted):
+        return noted
+
+    with ExitStack() as patches:
+        for form in (ByIds, ByCounts):
+            patches.enter_context(patch.object(form, "plan", noting(form.plan)))
         yield found
 
 

@@ -8,7 +8,6 @@ from ...layout.sharding import TokenSharding
 from ...wire.agreement import BAD
 from ...wire.local_tensors import problem_of_dtensors
 from .format import ID_DTYPES
-from .group_tokens import GroupTokens
 
 
 def problem_of_arguments(expert_BlK: Tensor, weight_BlK: Tensor | None, sharding: TokenSharding, rank: int) -> str:
@@ -27,18 +26,20 @@ def expected_message(expert_BlK: Tensor, weight_BlK: Tensor | None) -> tuple[int
     return (max(known[0].shape[-1], 1), known[0].device) if known else (1, torch.device("cpu"))
 
 
-def ids_and_word(expert_BlK: Tensor, weight_BlK: Tensor | None, tokens: GroupTokens) -> tuple[Tensor, Tensor]:
+def ids_and_word(
+    expert_BlK: Tensor, weight_BlK: Tensor | None, num_experts: int, expected: int
+) -> tuple[Tensor, Tensor]:
     """What a rank tells its peers, made on the device, so that a bad value costs no host sync of its own.
 
     Returns:
-        (t, K) ids plus one, clamped to the experts there are, and () int64: ``tokens.expected``, or BAD.
+        (t, K) ids plus one, clamped to the experts there are, and () int64: ``expected``, or BAD.
     """
     wanted_tK = expert_BlK.flatten(0, 1) + 1
-    id_tK = wanted_tK.clamp(0, tokens.num_experts)
+    id_tK = wanted_tK.clamp(0, num_experts)
     bad_tK = wanted_tK != id_tK
     if weight_BlK is not None:
         bad_tK = bad_tK.logical_or_(weight_BlK.isnan().flatten(0, 1))
-    return id_tK, torch.full((), tokens.expected, device=id_tK.device).masked_fill_(bad_tK.any(), BAD)
+    return id_tK, torch.full((), expected, device=id_tK.device).masked_fill_(bad_tK.any(), BAD)
 
 
 def problem_of_values(expert_BlK: Tensor, weight_BlK: Tensor | None, experts: Partition) -> str:

@@ -25,7 +25,7 @@ def run_planned(rank: int, case: Case, kind: Kind, run: Run) -> Outcome:
 OF_TWO_NODES = [case for case in CASES if case.ranks in (2, 4)]
 
 
-@pytest.mark.parametrize("kind", ["static", "hierarchical"])
+@pytest.mark.parametrize("kind", ["static", "hierarchical", "by counts"])
 @pytest.mark.parametrize("case", OF_TWO_NODES, ids=str)
 def test_any_plan_equals_one_process(rank_threads: RankThreads, case: Case, kind: Kind) -> None:
     assert_like_one_process(case, rank_threads.run(run_planned, case.ranks, case, kind, plainly))
@@ -51,7 +51,7 @@ def test_many_ranks_equal_one_process(rank_threads: RankThreads, ranks: int, nam
 
 
 @pytest.mark.parametrize("run", [recomputed, recomputed_reentrantly])
-@pytest.mark.parametrize("kind", ["static", "hierarchical"])
+@pytest.mark.parametrize("kind", ["static", "hierarchical", "by counts"])
 @pytest.mark.parametrize("case", [CASES[3], CASES[12], CASES[14]], ids=str)
 def test_a_recomputation_with_any_plan_gives_the_same_bits(
     rank_threads: RankThreads, case: Case, kind: Kind, run: Run

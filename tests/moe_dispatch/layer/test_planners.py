@@ -53,7 +53,7 @@ def run_planned(rank: int, case: Case, kind: Kind, run: Run) -> tuple[Outcome, i
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("run", [plainly, recomputed])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "by counts"])
 def test_every_kind_of_plan_equals_one_process_and_routes_once(
     rank_pool: RankPool, kind: Kind, run: Run, case: Case
 ) -> None:
@@ -76,7 +76,8 @@ def host_syncs(rank: int, case: Case, kind: Kind) -> tuple[int, int, int]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "counts"), [("counted", (1, 0, 5)), ("static", (0, 0, 5)), ("hierarchical", (2, 0, 10))]
+    ("kind", "counts"),
+    [("counted", (1, 0, 5)), ("by counts", (1, 0, 5)), ("static", (0, 0, 5)), ("hierarchical", (2, 0, 10))],
 )
 def test_host_syncs_and_collectives_of_a_layer(rank_pool: RankPool, kind: Kind, counts: tuple[int, int, int]) -> None:
     case = replace(CASES[0], dtype=torch.float32)  # widths of 16 bytes: experts wait for nothing

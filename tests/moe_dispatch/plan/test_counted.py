@@ -37,7 +37,8 @@ def plan_by_hand(rank: int) -> dict[str, Any]:
         experts=Partition((2, 1)),
         group=world(),
     )
-    values = {f.name: getattr(plan, f.name) for f in dataclasses.fields(plan) if f.name != "group"}
+    names = [f.name for f in (*dataclasses.fields(plan), *dataclasses.fields(plan.index))]
+    values = {name: getattr(plan, name) for name in names if name not in ("group", "row_index")}
     assert plan.group is world()
     dtypes = {value.dtype for value in values.values() if isinstance(value, Tensor)}
     assert dtypes == {torch.int64}
@@ -135,7 +136,7 @@ def replay(rank: int, case: Case) -> dict[str, bool]:
 
 
 def vars_of(plan: DispatchMetadata) -> list[Tensor]:
-    values = (getattr(plan, f.name) for f in dataclasses.fields(plan))
+    values = (getattr(holder, f.name) for holder in (plan, plan.index) for f in dataclasses.fields(holder))
     return [value for value in values if isinstance(value, Tensor)]
 
 

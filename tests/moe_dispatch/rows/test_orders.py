@@ -89,7 +89,7 @@ def dense(of: Inputs) -> dict[str, Tensor]:
     return {"y": y_TD.detach().view(of.x_BLD.shape), "dx": dx, "dweight": dweight, "dw": dw}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "by counts"])
 @pytest.mark.parametrize("order", ["BL", "LB"])
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_the_bits_of_contiguous_shards(ranks: int, order: Order, kind: Kind, rank_threads: RankThreads) -> None:

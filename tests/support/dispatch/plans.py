@@ -3,7 +3,8 @@
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, Literal, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -20,12 +21,15 @@ from moe_dispatch import (
     plan_hierarchical,
     plan_static,
 )
+from moe_dispatch.plan.counts.by_counts import ByCounts
+from moe_dispatch.plan.ids.by_ids import ByIds
 from moe_dispatch.plan.planner import Planner
+from moe_dispatch.plan.terms import Terms
 from tests.support.dispatch.dense import Case, crossings, make_case, rank_of_expert
 from tests.support.dispatch.layouts import Layout
 from tests.support.ranks import world
 
-Kind = Literal["counted", "static", "hierarchical"]
+Kind = Literal["counted", "static", "hierarchical", "by ids", "by counts"]
 KINDS: tuple[Kind, ...] = ("counted", "static", "hierarchical")
 Planning = Callable[..., Any]  # plan_dispatch, plan_static or plan_hierarchical with its group, sizes or nodes
 
@@ -70,6 +74,30 @@ def counted(expert_BlK: Tensor, **given: Any) -> DispatchMetadata:
     return plan_dispatch(expert_BlK, group=world(), **given)
 
 
+@dataclass(frozen=True, slots=True)
+class OfForm(Counted):
+    """A counted planner of one form, whatever the number of ranks."""
+
+    form: ByIds | ByCounts
+
+    def plan(
+        self, expert_BlK: Tensor, weight_BlK: Tensor | None, terms: Terms, group: dist.ProcessGroup
+    ) -> DispatchMetadata:
+        return self.form.plan(expert_BlK, weight_BlK, terms, group)
+
+    def refuse(
+        self, problem: str, terms: Terms, group: dist.ProcessGroup, *, num_choices: int, device: torch.device
+    ) -> NoReturn:
+        self.form.refuse(problem, terms, group, num_choices=num_choices, device=device)
+
+    def __call__(self, expert_BlK: Tensor, weight_BlK: Tensor | None = None, **terms: Any) -> DispatchMetadata:
+        """A plan over all ranks."""
+        return self.plan(expert_BlK, weight_BlK, Terms(**terms), world())
+
+
+FORMS: dict[Kind, OfForm] = {"by ids": OfForm(ByIds()), "by counts": OfForm(ByCounts())}
+
+
 @contextmanager
 def planner_of(kind: Kind, rank: int, sizes: StaticSizes) -> Iterator[Planner]:
     """What makes the plans of a layer over all ranks. Of P ranks, at least sqrt(P) nodes."""
@@ -79,7 +107,7 @@ def planner_of(kind: Kind, rank: int, sizes: StaticSizes) -> Iterator[Planner]:
         with node_groups(rank, num_nodes, ranks // num_nodes) as nodes:
             yield nodes
     else:
-        yield sizes if kind == "static" else Counted()
+        yield sizes if kind == "static" else FORMS.get(kind, Counted())
 
 
 @contextmanager
@@ -91,7 +119,7 @@ def planning(kind: Kind, rank: int, sizes: StaticSizes) -> Iterator[Planning]:
         elif isinstance(planner, StaticSizes):
             yield functools.partial(plan_static, group=world(), sizes=planner)
         else:
-            yield counted
+            yield FORMS.get(kind, counted)
 
 
 def crowded(ranks: int, seed: int) -> Case:

@@ -27,7 +27,10 @@ def test_the_command_from_8_to_512_ranks(tmp_path: Path, capsys: pytest.CaptureF
     assert "512 ranks for 256 experts: 256 of them hold none." in printed
     assert "Uniform routing draws a token's groups at random" in printed
     assert "64 x 8" in printed
-    assert f"from {document['counts_first']['ranks_by_time']} ranks on" in printed
+    assert [(each["ranks"], each["form"]) for each in document["plans"]] == [(8, "by ids"), (512, "by counts")]
+    assert document["by_counts_from_ranks"] == 11
+    assert "plan_dispatch sends ids to every rank on fewer than 11 ranks" in printed
+    assert f"512 ranks, by counts: {document['plans'][1]['by_ids'] / 1e3:.1f} kB by ids; " in printed
 
 
 @pytest.mark.parametrize("path", sorted(PLANS.glob("*.toml")), ids=lambda path: path.stem)

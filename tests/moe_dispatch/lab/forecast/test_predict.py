@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from moe_dispatch.lab.forecast.config import load_plan_config
-from moe_dispatch.lab.forecast.crossing import Crossing, find_crossing
+from moe_dispatch.lab.forecast.plan_bytes import PlanBytes, plan_bytes
 from moe_dispatch.lab.forecast.predict import predict
 from tests.support.lab.configs import CONFIGS
 
@@ -32,18 +32,25 @@ def test_a_prediction_by_hand() -> None:
     assert rank.milliseconds == pytest.approx(5 * 7e-3 + (404 + 2 * 1200 + 2 * 1000) * 1e-6)
 
 
-def test_where_counts_first_cost_less() -> None:
-    """K = 1, one expert per rank up to 512: a message has 4 + 100 * 4 bytes; counts first have 12 + 100 / P * 12."""
-    model = {"experts": 250, "top_k": 1, "groups": 1, "limited_groups": 1}
-    cluster = {"ranks_per_node": 1, "inter_gb_s": 1.0, "latency_us": 0.0}
-    load = {"tokens_per_rank": 100}
-    # 404 > 12 + 1200 / P from P = 4 on (3.06).
-    assert find_crossing(config_with(model=model, load=load, cluster=cluster)) == Crossing(
-        ranks_by_bytes=4, ranks_by_time=4
-    )
-    # (P - 1)(392 - 1200 / P) bytes in 10 us of 1 GB/s: more than 10000 from P = 29.5 on.
-    found = find_crossing(config_with(model=model, load=load, cluster=cluster | {"latency_us": 10.0}))
-    assert found == Crossing(ranks_by_bytes=4, ranks_by_time=30)
-    far = cluster | {"latency_us": 1e9, "ranks_per_node": 8}  # 8 ranks more each time: up to the last in a second
-    never = find_crossing(config_with(model=model, load={"tokens_per_rank": 1}, cluster=far))
-    assert never.ranks_by_time is None
+def test_the_bytes_of_both_forms_of_a_plan() -> None:
+    """K = 1 of 32 experts, 2 on each of 16 ranks: 15 of 16 tokens leave their rank, with a number and a step of ids.
+    A row is 10 x 2 + 4 bytes, too narrow to be padded. 13 ranks are the first by counts."""
+    model = {"dim": 10, "experts": 32, "top_k": 1, "groups": 1, "limited_groups": 1}
+    configs = [
+        config_with(model=model, load={"tokens_per_rank": 160}, cluster={"nodes": nodes, "ranks_per_node": 4})
+        for nodes in (4, 3)
+    ]
+    of_16, of_12 = plan_bytes(configs, [each for config in configs for each in predict(config)])
+    assert of_16 == PlanBytes(ranks=16, by_ids=15 * (4 + 640), counts=15 * 32, riding=150 * 8, form="by counts")
+    assert of_16.by_counts == 1680
+    assert (of_12.ranks, of_12.by_ids, of_12.counts, of_12.form) == (12, 11 * 644, 11 * 32, "by ids")
+
+
+def test_ids_beside_rows_are_bytes_of_dispatch_and_not_of_backward() -> None:
+    """As above, 16 nodes of a rank each: rows of 32 bytes forth, gradients of 24, results of 20."""
+    model = {"dim": 10, "experts": 32, "top_k": 1, "groups": 1, "limited_groups": 1}
+    cluster = {"nodes": 16, "ranks_per_node": 1, "inter_gb_s": 1.0, "latency_us": 0.0}
+    config = config_with(model=model, load={"tokens_per_rank": 160, "zipf": 0.0}, cluster=cluster)
+    _, rank, *_ = predict(config)
+    assert (rank.rows_sent, rank.inter_bytes, rank.plan_inter_bytes) == (150, 150 * 52 / 160, 480)
+    assert rank.milliseconds == pytest.approx((480 + 150 * (32 + 24 + 2 * 20)) * 1e-6)

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -20,9 +21,11 @@ from moe_dispatch import (
     plan_hierarchical,
 )
 from moe_dispatch.lab.bench.contenders.textbook import TextbookDispatch
-from moe_dispatch.lab.forecast.demand import counted_demand
+from moe_dispatch.lab.forecast import traffic
+from moe_dispatch.lab.forecast.demand import Demand, counted_demand
 from moe_dispatch.lab.forecast.predict import link_sums
 from moe_dispatch.lab.forecast.traffic import Traffic, Widths, row_per_choice, row_per_node, row_per_rank
+from moe_dispatch.plan import counted
 from moe_dispatch.testing import RankPool
 from tests.support.dispatch.dense import make_case
 from tests.support.dispatch.layouts import Layout
@@ -83,6 +86,16 @@ def run_flat(rank: int, run: Run) -> Sent:
     return recorder.sent
 
 
+def run_by_counts(rank: int, run: Run) -> Sent:
+    with mock.patch.object(counted, "counts_cost_less", return_value=True):
+        return run_flat(rank, run)
+
+
+def traffic_by_counts(demand: Demand, widths: Widths) -> Traffic:
+    with mock.patch.object(traffic, "counts_cost_less", return_value=True):
+        return row_per_rank(demand, widths)
+
+
 def run_nodes(rank: int, run: Run) -> Sent:
     expert_BlK, x_BlD, weight_BlK, given = run_inputs(rank, run)
     with node_groups(rank, run.num_nodes, len(run.experts) // run.num_nodes) as nodes, Recorder() as recorder:
@@ -137,14 +150,15 @@ def of_rank(legs: tuple[Tensor, ...], rank: int, peers: list[range]) -> Sent:
 @pytest.mark.parametrize(
     ("scheme", "function", "routings"),
     [(row_per_rank, run_flat, ("uniform", "holes", "duplicates", "none")),
+     (traffic_by_counts, run_by_counts, ("uniform", "holes", "duplicates", "none")),
      (row_per_choice, run_textbook, ("uniform", "one_expert", "duplicates", "one_rank"))],
 )  # fmt: skip
 def test_one_step_sends_what_is_predicted_to_every_rank(
     rank_pool: RankPool, ranks: int, scheme: Any, function: Any, routings: tuple[str, ...]
 ) -> None:
     for run in runs(ranks, 1, routings):
-        traffic = run.traffic(scheme)
-        legs = (*traffic.plan, *traffic.dispatch, *traffic.combine, *traffic.backward)
+        predicted = run.traffic(scheme)
+        legs = (*predicted.plan, *predicted.dispatch, *predicted.combine, *predicted.backward)
         for rank, sent in enumerate(rank_pool.run(function, ranks, run)):
             assert sent == of_rank(legs, rank, [range(ranks)] * 5), f"rank {rank} of {run}"
 
@@ -153,8 +167,8 @@ def test_one_step_sends_what_is_predicted_to_every_rank(
 def test_two_steps_send_what_is_predicted_to_every_rank(rank_pool: RankPool, num_nodes: int, in_node: int) -> None:
     ranks = num_nodes * in_node
     for run in runs(ranks, num_nodes, ("uniform", "holes", "duplicates", "one_rank")):
-        traffic = run.traffic(row_per_node)
-        legs = (*traffic.plan, *traffic.dispatch, *traffic.combine, *traffic.backward)
+        predicted = run.traffic(row_per_node)
+        legs = (*predicted.plan, *predicted.dispatch, *predicted.combine, *predicted.backward)
         for rank, sent in enumerate(rank_pool.run(run_nodes, ranks, run)):
             column = range(rank % in_node, ranks, in_node)
             node = range(rank - rank % in_node, rank - rank % in_node + in_node)

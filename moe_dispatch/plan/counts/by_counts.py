@@ -1,0 +1,75 @@
+"""The plan by counts: how many rows and choices go where is told first, and ids travel with the rows.
+
+Between each two ranks there is a message whose size the experts alone tell, and then what rows need. So a rank that
+believes in other tokens, K or widths sends what its peers expect, and its word tells them.
+"""
+
+from dataclasses import dataclass
+from typing import NoReturn
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ...wire.agreement import BAD, Statement
+from ...wire.policies import unseen_by_policies
+from ..ids.checks import expected_message, ids_and_word, problem_of_arguments, problem_of_values
+from ..metadata import DispatchMetadata
+from ..terms import Terms
+from .facts import CountsFacts
+from .message import CountsExchange
+from .riding import RidingIndex, told_of_tokens
+from .sent import SentByChoice
+
+
+@dataclass(frozen=True, slots=True)
+class ByCounts:
+    """Plans that cost as much on a thousand ranks as on a hundred."""
+
+    @unseen_by_policies
+    @torch.no_grad()
+    def plan(
+        self, expert_BlK: Tensor, weight_BlK: Tensor | None, terms: Terms, group: dist.ProcessGroup
+    ) -> DispatchMetadata:
+        """See :func:`plan_dispatch`."""
+        terms.check(group)
+        rank, ranks, sharding = group.rank(), group.size(), terms.sharding
+        if problem := problem_of_arguments(expert_BlK, weight_BlK, sharding, rank):
+            num_choices, device = expected_message(expert_BlK, weight_BlK)
+            self.refuse(problem, terms, group, num_choices=num_choices, device=device)
+        expert_BlK = expert_BlK.to(torch.int64)
+        facts = CountsFacts.of(terms, rank, expert_BlK.shape[2], expert_BlK.device)
+        id_tK, word = ids_and_word(expert_BlK, weight_BlK, facts.num_experts, facts.expected)
+        sent_rows = SentByChoice.of(id_tK, facts)
+        sent_P = sent_rows.count_P
+        exchange = CountsExchange.start(id_tK, sent_P, word, facts, group)
+        told_tW = told_of_tokens(id_tK, facts)
+        word_P, received_P, choices_e = exchange.wait()
+        # The one copy to the host.
+        counts = torch.cat([word_P, sent_P, received_P, choices_e.sum(0, keepdim=True)]).tolist()
+        words, rows_sent, rows_received = (tuple(counts[i * ranks : (i + 1) * ranks]) for i in range(3))
+        if set(words) != {facts.expected}:
+            problem = problem_of_values(expert_BlK, weight_BlK, terms.experts) if words[rank] == BAD else ""
+            Statement(facts.facts, problem).raise_on_every_rank(device=expert_BlK.device, group=group)
+        return DispatchMetadata(
+            local_shape=(*sharding.local_shape(rank), terms.dim),
+            sharding=sharding,
+            experts=terms.experts,
+            rank=rank,
+            group=group,
+            rows_sent=rows_sent,
+            rows_received=rows_received,
+            expert_BlK=expert_BlK.clone(),
+            rows_per_expert_e=choices_e,
+            **sent_rows.index(sum(rows_sent)),
+            row_index=RidingIndex(facts, counts[-1], told_tW),
+        )
+
+    @torch.no_grad()
+    def refuse(
+        self, problem: str, terms: Terms, group: dist.ProcessGroup, *, num_choices: int, device: torch.device
+    ) -> NoReturn:
+        """Take this rank's part in a plan that it cannot make, and raise ``problem`` on every rank."""
+        terms.check(group)
+        CountsExchange.refuse(BAD, CountsFacts.of(terms, group.rank(), num_choices, device), group, device)
+        Statement("", problem).raise_on_every_rank(device=device, group=group)
