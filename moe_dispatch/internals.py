@@ -5,7 +5,7 @@ from .layout.partition import check_count
 from .wire.agreement import BAD, Statement, digest
 from .wire.autocast import autocast_as_now, cast_to_autocast, without_autocast
 from .wire.callers import check_memory
-from .wire.devices import device_of
+from .wire.devices import carries, device_for, device_of, most, problem_of_devices
 from .wire.exchange import (
     FinishedExchange,
     PendingExchange,
@@ -24,17 +24,21 @@ __all__ = [
     "PendingExchange",
     "Statement",
     "autocast_as_now",
+    "carries",
     "cast_to_autocast",
     "check_count",
     "check_group",
     "check_is_group",
     "check_memory",
     "copy_in_group",
+    "device_for",
     "device_of",
     "digest",
     "exchange_rows",
     "expert_layers",
     "is_dtensor",
+    "most",
+    "problem_of_devices",
     "problem_of_dtensors",
     "refuse_dtensors",
     "start_exchange",

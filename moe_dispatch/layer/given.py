@@ -3,11 +3,13 @@
 from dataclasses import dataclass, replace
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ..layout.sharding import TokenSharding
 from ..plan.ids.format import ID_DTYPES
 from ..routing.sites import Tap
+from ..wire.devices import problem_of_devices
 from ..wire.local_tensors import problem_of_dtensors
 from .recompute import check_not_hidden, in_backward
 from .router import TopKRouter
@@ -23,28 +25,30 @@ class Given:
     real_Bl: Tensor | None
     expert_BlK: Tensor | None
 
-    def problem(self, rank: int, router: TopKRouter) -> str:
-        """What is wrong with them on ``rank``; empty where nothing is."""
+    def problem(self, group: dist.ProcessGroup, router: TopKRouter) -> str:
+        """What is wrong with them on this rank of ``group``; empty where nothing is."""
+        tensors = {"x": self.x_BlD, "real_Bl": self.real_Bl, "expert_BlK": self.expert_BlK}
         if problem := problem_of_dtensors(x_BlD=self.x_BlD, real_Bl=self.real_Bl, expert_BlK=self.expert_BlK):
             return problem
-        x_BlD, shape = self.x_BlD, (*self.sharding.local_shape(rank), router.dim)
-        if tuple(x_BlD.shape) != shape or not x_BlD.is_floating_point():
+        for name, x in tensors.items():
+            if not isinstance(x, Tensor) and (x is not None or name == "x"):
+                return f"{name} is {type(x).__name__}; it has to be a tensor"
+        shape = (*self.sharding.local_shape(group.rank()), router.dim)
+        if tuple(self.x_BlD.shape) != shape or not self.x_BlD.is_floating_point():
             return (
-                f"x is {tuple(x_BlD.shape)} of {x_BlD.dtype}; its shard in order {self.sharding.order!r} is {shape}, "
-                "of a floating-point dtype: pass the tokens that the sharding gives this rank"
+                f"x is {tuple(self.x_BlD.shape)} of {self.x_BlD.dtype}; its shard in order {self.sharding.order!r} "
+                f"is {shape}, of a floating-point dtype: pass the tokens that the sharding gives this rank"
             )
         wanted = {"real_Bl": (shape[:2], (torch.bool,)), "expert_BlK": ((*shape[:2], router.top_k), ID_DTYPES)}
         for name, (of_shape, dtypes) in wanted.items():
-            tensor: Tensor | None = getattr(self, name)
+            tensor = tensors[name]
             if tensor is not None and (tuple(tensor.shape) != of_shape or tensor.dtype not in dtypes):
                 kinds = " or ".join(map(str, dtypes))
                 return (
                     f"{name} is {tuple(tensor.shape)} of {tensor.dtype}; for these tokens it has to be {of_shape} of "
                     f"{kinds}"
                 )
-            if tensor is not None and tensor.device != x_BlD.device:
-                return f"{name} is on {tensor.device}, but x on {x_BlD.device}; move it there"
-        return ""
+        return problem_of_devices(group, **tensors)
 
     def real(self, of_tokens: Tensor) -> Tensor:
         """(b, l, ...) with 0 at padding, whatever was there, and no gradient there."""

@@ -15,6 +15,7 @@ from ..plan.terms import Terms, check_experts
 from ..routing.sites import Site, Tap
 from ..rows.combine import combine
 from ..rows.dispatch import start_dispatch
+from ..wire.devices import device_for
 from ..wire.exchange import check_group
 from ..wire.group_copy import copy_in_group, state_without_group
 from ..wire.policies import unseen_by_policies
@@ -236,12 +237,12 @@ class MoE(nn.Module):
         """Raise on every rank unless the tokens are this rank's shard, and its experts can have gradients."""
         terms = self._terms(given.sharding)
         terms.check(self.group)
-        problem = given.problem(self.group.rank(), self.router)
+        problem = given.problem(self.group, self.router)
         if not problem and not self.experts.num_experts and torch.is_grad_enabled() and is_sharded(self.experts):
             problem = (
                 "FSDP2 shards the experts of this rank, which holds none, and cannot reduce gradients without "
                 "elements; call fully_shard(experts) only where experts.num_experts is not 0"
             )
         if problem:
-            device = given.x_BlD.device
+            device = device_for([given.x_BlD], self.group)
             self.planner.refuse(problem, terms, self.group, num_choices=self.router.top_k, device=device)

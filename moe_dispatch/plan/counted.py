@@ -13,7 +13,7 @@ from ..wire.uncompiled import uncompiled
 from .counts.by_counts import ByCounts
 from .counts.rule import counts_cost_less
 from .ids.by_ids import ByIds
-from .ids.checks import expected_message
+from .ids.checks import expected_choices
 from .metadata import DispatchMetadata
 from .terms import Terms
 
@@ -40,8 +40,7 @@ class Counted:
         self, expert_BlK: Tensor, weight_BlK: Tensor | None, terms: Terms, group: dist.ProcessGroup
     ) -> DispatchMetadata:
         """See :func:`plan_dispatch`."""
-        num_choices, _ = expected_message(expert_BlK, weight_BlK)
-        return _cheaper_form(terms, num_choices).plan(expert_BlK, weight_BlK, terms, group)
+        return _cheaper_form(terms, expected_choices(expert_BlK, weight_BlK)).plan(expert_BlK, weight_BlK, terms, group)
 
     def refuse(
         self, problem: str, terms: Terms, group: dist.ProcessGroup, *, num_choices: int, device: torch.device

@@ -155,7 +155,7 @@ class NodeGroups:
     @torch.no_grad()
     def plan_nodes(self, expert_BlK: Tensor, weight_BlK: Tensor | None, terms: Terms) -> HierarchicalPlan:
         """See :func:`plan_hierarchical`."""
-        num_choices, device = expected_message(expert_BlK, weight_BlK)
+        num_choices, device = expected_message(expert_BlK, weight_BlK, self.inter)
         pieces = self._pieces(terms, device)
         of_column, of_node = self._terms_of_steps(terms, pieces, num_choices)
         with self._told_to_the_node(of_node, num_choices, device):

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from ..errors import DisagreementError, RankMistakeError
+from .devices import carries, device_for
 from .exchange import exchange_rows
 
 BAD = -1
@@ -106,9 +107,12 @@ def agree(facts: str, *, device: torch.device, group: dist.ProcessGroup, problem
         problem: what is wrong on this rank, raised on all; empty where nothing is.
 
     Raises:
-        RankMistakeError: a rank passed a problem.
+        RankMistakeError: a rank passed a problem, or a device on which the group does not communicate.
         DisagreementError: the facts differ.
     """
+    if not carries(group, device):
+        problem = problem or f"device is {device}, where the group does not communicate"
+        device = device_for([], group)
     statement, ones = Statement(facts, problem), (1,) * group.size()
     word_P = torch.full((group.size(),), statement.word, device=device)
     words = exchange_rows(word_P, ones, ones, group).tolist()

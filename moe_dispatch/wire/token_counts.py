@@ -6,6 +6,7 @@ import torch.distributed as dist
 from ..layout.partition import Partition, check_count
 from ..layout.sharding import TokenSharding
 from .agreement import BAD, Statement
+from .devices import carries, device_for
 from .exchange import check_is_group, exchange_rows
 
 
@@ -28,7 +29,8 @@ def gather_sharding(num_tokens: int, *, device: torch.device, group: dist.Proces
         A grid of 1 x T tokens, of which rank r holds t_r; equal on every rank.
 
     Raises:
-        RankMistakeError: on every rank, naming the rank whose number is no int of at least 0.
+        RankMistakeError: on every rank, naming the rank whose number is no int of at least 0, or whose device is one
+            on which the group does not communicate.
     """
     check_is_group(group)
     problem = ""
@@ -36,6 +38,9 @@ def gather_sharding(num_tokens: int, *, device: torch.device, group: dist.Proces
         check_count(num_tokens, "num_tokens", least=0)
     except ValueError as error:
         problem = str(error)
+    if not carries(group, device):
+        problem = problem or f"device is {device}, where the group does not communicate"
+        device = device_for([], group)
     ones = (1,) * group.size()
     count_P = torch.full((group.size(),), BAD if problem else num_tokens, dtype=torch.int64, device=device)
     counts = exchange_rows(count_P, ones, ones, group).tolist()

@@ -184,7 +184,8 @@ def _problem_of_output(x_BlD: Tensor, batch: ShardedBatch) -> str:
         return problem
     shape = tuple(x_BlD.shape) if isinstance(x_BlD, Tensor) else type(x_BlD).__name__
     if isinstance(x_BlD, Tensor) and shape[:2] == batch.sharding.local_shape(batch.rank):
-        return ""
+        there = batch.token_Bl.device
+        return f"the output is on {x_BlD.device}, but the tokens on {there}; move it there" * (x_BlD.device != there)
     return (
         f"the output is {shape}, but this rank's tokens in order {batch.sharding.order!r} are "
         f"{batch.sharding.local_shape(batch.rank)}; pass what was computed for them"

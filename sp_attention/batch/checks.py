@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from moe_dispatch.internals import is_dtensor
+from moe_dispatch.internals import device_for, is_dtensor, problem_of_devices
 
 from ..dtypes import is_integer
 from .batch import Batch
@@ -42,10 +43,17 @@ def check_types(batch: Batch) -> None:
             )
 
 
-def device_of(batch: Batch) -> torch.device:
-    """Where the batch is; the CPU where it holds no tensor."""
-    fields = (getattr(batch, name, None) for name in TENSORS)
-    return next((x.device for x in fields if isinstance(x, Tensor)), torch.device("cpu"))
+def device_of(batch: Batch, group: dist.ProcessGroup) -> torch.device:
+    """Where the peers expect this rank's words: where its batch is, if the group communicates there."""
+    return device_for((getattr(batch, name, None) for name in TENSORS_OF_TOKENS), group)
+
+
+def check_devices(batch: Batch, group: dist.ProcessGroup) -> None:
+    """Of all but the documents, which are read on the CPU."""
+    tensors = {name: getattr(batch, name) for name in TENSORS_OF_TOKENS}
+    fields = {f"fields[{name!r}]": x for name, x in batch.fields.items()}
+    if problem := problem_of_devices(group, **tensors, **fields):
+        raise ValueError(problem)
 
 
 def check_shapes(batch: Batch, shape: tuple[int, int]) -> None:
@@ -67,9 +75,6 @@ def check_shapes(batch: Batch, shape: tuple[int, int]) -> None:
                 f"fields[{name!r}] is {tuple(x.shape)}; it has to be (B, L, ...) with (B, L) = {shape}, batch "
                 "first for either order"
             )
-    for name, x in (fields | {f"fields[{name!r}]": x for name, x in batch.fields.items()}).items():
-        if x.device != batch.token_BL.device:
-            raise ValueError(f"{name} is on {x.device}, but token_BL on {batch.token_BL.device}; move it there")
     mask = batch.loss_mask_BL
     if mask is not None and not bool(((mask == 0) | (mask == 1)).all()):
         raise ValueError("loss_mask_BL holds more than 0 and 1; weigh losses per token and pass them to mean_loss")

@@ -23,7 +23,9 @@ from moe_dispatch import GroupError
 from moe_dispatch.internals import (
     Statement,
     check_is_group,
+    device_for,
     digest,
+    problem_of_devices,
     problem_of_dtensors,
     unseen_by_policies,
 )
@@ -64,10 +66,10 @@ def count_targets(target_Bl: Tensor | Sequence[Tensor], *, group: dist.ProcessGr
     """
     check_is_group(group)
     targets = [target_Bl] if isinstance(target_Bl, Tensor) else list(target_Bl)
-    device = next((x.device for x in targets if isinstance(x, Tensor)), torch.device("cpu"))
+    device = device_for(targets, group)
     problem = next((text for x in targets if (text := _problem_of_targets(x, device))), "")
     count = torch.zeros(2, dtype=torch.float64, device=device)
-    count[1] = bool(problem)
+    count[1].fill_(bool(problem))
     if not problem:
         for x in targets:
             count[0] += (x != ignore_index).sum()
@@ -108,7 +110,8 @@ def mean_loss(
         ValueError: the same text on every rank. It names the rank whose losses and targets do not fit, or the ranks
             that pass another ``num_targets``; or there are more targets in this call than that.
     """
-    problem = problem_of_dtensors(loss_Bl=loss_Bl, target_Bl=target_Bl)
+    check_is_group(group)
+    problem = _problem_of_tensors(group, loss_Bl=loss_Bl, target_Bl=target_Bl)
     if not problem and (not loss_Bl.is_floating_point() or loss_Bl.shape != target_Bl.shape):
         problem = (
             f"losses are {tuple(loss_Bl.shape)} of {loss_Bl.dtype} for targets {tuple(target_Bl.shape)}; they have "
@@ -130,7 +133,8 @@ def mean_cross_entropy(
     ignore_index: int = -100,
     num_targets: int | Tensor | None = None,
 ) -> MeanLoss:
-    """:func:`mean_loss` of the cross-entropy of logits. Only the logits of real targets are read.
+    """:func:`mean_loss` of the cross-entropy of logits. Only the logits of real targets are read: their number is one
+    host sync more.
 
     Args:
         logits_BlV: (B, l, V), or (l, B, V), of this rank's tokens. The loss is taken in float32, or float64 for
@@ -139,9 +143,11 @@ def mean_cross_entropy(
 
     Group, num_targets, Returns, Raises: as there, also for a target outside the vocabulary.
     """
-    problem = problem_of_dtensors(logits_BlV=logits_BlV, target_Bl=target_Bl)
-    fits = logits_BlV.is_floating_point() and logits_BlV.ndim >= 2 and logits_BlV.shape[:-1] == target_Bl.shape
-    if not problem and not fits:
+    check_is_group(group)
+    problem = _problem_of_tensors(group, logits_BlV=logits_BlV, target_Bl=target_Bl)
+    if not problem and not (
+        logits_BlV.is_floating_point() and logits_BlV.ndim >= 2 and logits_BlV.shape[:-1] == target_Bl.shape
+    ):
         problem = (
             f"logits are {tuple(logits_BlV.shape)} of {logits_BlV.dtype} for targets {tuple(target_Bl.shape)}; they "
             "have to be floating, (B, l, V) for targets (B, l)"
@@ -149,17 +155,21 @@ def mean_cross_entropy(
     problem = problem or _problem_of_targets(target_Bl, logits_BlV.device)
     if problem:
         return _mean(logits_BlV, 0, problem, group, num_targets)
-    has_target_t = (target_Bl != ignore_index).flatten()
-    target_c = target_Bl.flatten()[has_target_t].to(torch.int64)
-    outside_c = (target_c < 0) | (target_c >= logits_BlV.shape[-1])
-    if bool(outside_c.any()):
+    target_t, vocabulary = target_Bl.flatten(), logits_BlV.shape[-1]
+    has_target_t = target_t != ignore_index
+    outside_t = has_target_t & ((target_t < 0) | (target_t >= vocabulary))
+    count, num_outside = torch.stack([has_target_t.sum(), outside_t.sum()]).tolist()
+    if num_outside:
         problem = (
-            f"target {target_c[outside_c][0].item()} for logits of {logits_BlV.shape[-1]} tokens; it has to be 0 to "
-            f"{logits_BlV.shape[-1] - 1}, or ignore_index = {ignore_index}"
+            f"target {target_t[outside_t][0].item()} for logits of {vocabulary} tokens; it has to be 0 to "
+            f"{vocabulary - 1}, or ignore_index = {ignore_index}"
         )
         return _mean(logits_BlV, 0, problem, group, num_targets)
-    logits_cV = logits_BlV.flatten(0, -2)[has_target_t].to(dtype_of_sums(logits_BlV))
-    return _mean(F.cross_entropy(logits_cV, target_c, reduction="sum"), len(target_c), "", group, num_targets)
+    # Of known size, so that neither this nor its gradient waits for the device.
+    t_of_target_c = torch.nonzero_static(has_target_t, size=count)[:, 0]
+    logits_cV = logits_BlV.flatten(0, -2).index_select(0, t_of_target_c).to(dtype_of_sums(logits_BlV))
+    target_c = target_t.index_select(0, t_of_target_c).to(torch.int64)
+    return _mean(F.cross_entropy(logits_cV, target_c, reduction="sum"), count, "", group, num_targets)
 
 
 @unseen_by_policies
@@ -168,21 +178,25 @@ def _mean(
 ) -> MeanLoss:
     """Each rank's ``loss_sum`` over the ``count`` of all ranks, or over ``num_targets`` where that is given; or the
     problems of all ranks."""
-    check_is_group(group)
     problem = problem or _problem_of_denominator(num_targets)
     given = None if problem or num_targets is None else int(num_targets)
     facts = f"num_targets {'left out' if given is None else given}"
     word = digest(facts) % WORDS
-    # float64: float32 counts to 2 ** 24 tokens and no further.
-    mine = torch.tensor([0.0, 0.0, bool(problem), word, word * word], dtype=torch.float64, device=loss_sum.device)
+    device = device_for([loss_sum], group)
+    # float64: float32 counts to 2 ** 24 tokens and no further. Filled on the device: a tensor of Python numbers would
+    # be a copy that waits.
+    mine = torch.zeros(5, dtype=torch.float64, device=device)
     if not problem:
-        mine[0], mine[1] = loss_sum.detach(), count
+        mine[0].copy_(loss_sum.detach())
+        mine[1].fill_(count)
+    for at, value in enumerate((bool(problem), word, word * word), start=2):
+        mine[at].fill_(value)
     if group.size() > 1:
         dist.all_reduce(mine, group=group)
     whole_sum, counted, problems, words, squares = mine.tolist()
     # Words are all the same exactly where they have no variance.
     if problems or group.size() * int(squares) != int(words) ** 2:
-        Statement(facts, problem).raise_on_every_rank(device=loss_sum.device, group=group)
+        Statement(facts, problem).raise_on_every_rank(device=device, group=group)
     divisor = int(counted) if given is None else given
     if counted > divisor:
         raise GroupError(
@@ -191,7 +205,7 @@ def _mean(
         )
     return MeanLoss(
         share=loss_sum / max(divisor, 1),
-        whole=loss_sum.new_tensor(whole_sum / max(divisor, 1)),
+        whole=loss_sum.new_full((), whole_sum / max(divisor, 1)),
         num_targets=divisor,
     )
 
@@ -206,6 +220,16 @@ def _problem_of_denominator(num_targets: object) -> str:
         fits = isinstance(num_targets, int) and not isinstance(num_targets, bool) and num_targets >= 0
         got = f"{num_targets!r}"
     return "" if fits else f"num_targets is {got}; it has to be an int of at least 0, or a tensor () of one"
+
+
+def _problem_of_tensors(group: dist.ProcessGroup, **tensors: object) -> str:
+    """What is wrong with arguments that are no tensors of this rank's on a device of the group; empty where nothing
+    is. Of targets on another device, their own check tells."""
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor):
+            return f"{name} is {type(x).__name__}; it has to be a tensor"
+    first, x = next(iter(tensors.items()))
+    return problem_of_dtensors(**tensors) or problem_of_devices(group, **{first: x})
 
 
 def _problem_of_targets(target_Bl: object, device: torch.device) -> str:

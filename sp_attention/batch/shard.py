@@ -20,7 +20,7 @@ from ..blocks.dropout import mix
 from ..wire.exchange import check_sharding
 from ..wire.order import in_order
 from .batch import Batch, ShardedBatch
-from .checks import check_shapes, check_types, device_of
+from .checks import check_devices, check_shapes, check_types, device_of
 from .labels import default_positions, document_of_place, documents_of, shift_labels
 from .masks import BatchMask
 
@@ -49,10 +49,11 @@ def shard_batch(batch: Batch, *, sharding: TokenSharding, group: dist.ProcessGro
     def cut() -> tuple[str, ShardedBatch]:
         check_types(batch)
         check_sharding(sharding, group)
+        check_devices(batch, group)
         completed = CompletedBatch.of(batch, sharding)
         return completed.facts(batch, sharding), completed.part(batch, sharding, group.rank())
 
-    return agreed_by_ranks(cut, device_of(batch), group)
+    return agreed_by_ranks(cut, device_of(batch, group), group)
 
 
 def agreed_by_ranks(cut: Callable[[], tuple[str, PartT]], device: torch.device, group: dist.ProcessGroup) -> PartT:

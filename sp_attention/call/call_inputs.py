@@ -4,21 +4,19 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from operator import index
-from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from moe_dispatch import TokenSharding
-from moe_dispatch.internals import device_of
+from moe_dispatch.internals import carries, device_for
 
 from ..spread.source import Source
 from ..wire.exchange import check_sharding
 from ..wire.heads import GroupedHeads
 from ..work.scheme import Scheme
 
-T = TypeVar("T")
 BYTES_OF_DTYPE = 2  # at least: torch adds and compares no 8-bit floats, and they do not hold the bytes of a word
 
 
@@ -106,8 +104,8 @@ class Inputs(ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where this rank's words are made: see :func:`device_of_words`."""
-        return device_of_words(self.tensors, self.group)
+        """Where this rank's words are made: they have to reach the peers in any case."""
+        return device_for(self.tensors, self.group)
 
     @property
     def spread_facts(self) -> str:
@@ -137,7 +135,7 @@ def sharding_of_keys(
     return kv_sharding
 
 
-def problem_of_tensors(names: str, tensors: Sequence[Tensor]) -> str:
+def problem_of_tensors(names: str, tensors: Sequence[Tensor], group: dist.ProcessGroup) -> str:
     """What is wrong with their dtypes and devices; empty where nothing is."""
     dtypes, devices = (
         ", ".join(map(str, each)) for each in zip(*((x.dtype, x.device) for x in tensors), strict=True)
@@ -150,19 +148,10 @@ def problem_of_tensors(names: str, tensors: Sequence[Tensor]) -> str:
         return f"{names} are on {devices}; move them to one device"
     if tensors[0].is_meta:
         return f"{names} are on meta, where there are no values to send; give them memory, e.g. module.to_empty()"
+    if not carries(group, tensors[0].device):
+        there = device_for([], group)
+        return f"{names} are on {tensors[0].device}, but the group communicates on {there}; move them there"
     return ""
-
-
-def device_of_words(tensors: Iterable[Any], group: dist.ProcessGroup) -> torch.device:
-    """The device of most of these, as far as they are tensors with values. Words have to reach the peers in any case:
-    else one on which the group communicates."""
-    devices = [x.device for x in tensors if isinstance(x, Tensor) and not x.is_meta]
-    return most(devices) if devices else device_of(group)
-
-
-def most(values: list[T]) -> T:
-    """The value that most are; the first of them where several are as many."""
-    return max(values, key=values.count)
 
 
 def told(sharding: TokenSharding) -> str:

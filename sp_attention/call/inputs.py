@@ -8,13 +8,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_dispatch import Partition, TokenSharding
-from moe_dispatch.internals import cast_to_autocast, problem_of_dtensors
+from moe_dispatch.internals import cast_to_autocast, most, problem_of_dtensors
 
 from ..spread.source import AsSent, Source
 from ..wire.heads import heads_of_call
 from ..wire.splits import Split
 from ..work.scheme import Scheme, head_rank
-from .call_inputs import Inputs, constants, most, problem_of_tensors, sharding_of_keys
+from .call_inputs import Inputs, constants, problem_of_tensors, sharding_of_keys
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -131,7 +131,7 @@ class AttentionInputs(Inputs):
                     f"{name} is {tuple(x.shape)}, but this rank's shard in order {self.sharding.order!r} is "
                     f"{shape}; pass the tokens that the sharding gives this rank, with all heads of the partition"
                 )
-        return problem_of_tensors(self.names, self.tensors)
+        return problem_of_tensors(self.names, self.tensors, self.group)
 
     def stand_ins(self) -> tuple[Tensor, ...]:
         """Zeros that a rank with a problem sends instead: of the shapes that its peers expect, and of the dtype that

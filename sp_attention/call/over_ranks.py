@@ -7,11 +7,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_dispatch import Partition, TokenSharding
-from moe_dispatch.internals import check_is_group
+from moe_dispatch.internals import check_is_group, device_for
 
 from ..attend.default import scaled_dot_product
 from ..work.scheme import ULYSSES, Scheme
-from .call_inputs import device_of_words
 from .inputs import AttentionInputs
 from .options import given_options
 from .outcome import Attend
@@ -94,7 +93,7 @@ def attention_over_ranks(
     )
     tensors, shardings = (q_BlNH, k_BlGH, v_BlGH), (sharding, kv_sharding)
     inputs_of = partial(AttentionInputs.of, *tensors, *shardings, heads, group, scheme)
-    call = asking.of_all_ranks(inputs_of, device_of_words(tensors, group))
+    call = asking.of_all_ranks(inputs_of, device_for(tensors, group))
     if scheme.is_ulysses(group.size()):
         attend = scaled_dot_product if attend is None else attend
         return exchange_and_attend(call.inputs, attend, given, call.seed, call.documents)

@@ -68,7 +68,7 @@ class Asking:
 
         Args:
             make_inputs: of this rank's tensors; it may raise a ValueError.
-            device: see :func:`device_of_words`.
+            device: where this rank's words are made.
 
         Raises:
             ValueError: the same text on every rank, as :func:`words_first`.

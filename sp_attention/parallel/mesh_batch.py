@@ -10,7 +10,7 @@ from torch import Tensor
 from moe_dispatch import ParallelMesh, Partition, TokenSharding
 
 from ..batch.batch import Batch, ShardedBatch
-from ..batch.checks import check_types, device_of
+from ..batch.checks import check_devices, check_types, device_of
 from ..batch.shard import CompletedBatch, agreed_by_ranks
 
 
@@ -42,14 +42,21 @@ def shard_over_mesh(
     group: dist.ProcessGroup,
 ) -> MeshBatch:
     """See :meth:`Parallel.shard`."""
-    return agreed_by_ranks(lambda: facts_and_part(batch, mesh, lengths, sharding), device_of(batch), group)
+    return agreed_by_ranks(
+        lambda: facts_and_part(batch, mesh, lengths, sharding, group), device_of(batch, group), group
+    )
 
 
 def facts_and_part(
-    batch: Batch, mesh: ParallelMesh, lengths: Sequence[int] | None, sharding: TokenSharding | None
+    batch: Batch,
+    mesh: ParallelMesh,
+    lengths: Sequence[int] | None,
+    sharding: TokenSharding | None,
+    group: dist.ProcessGroup,
 ) -> tuple[str, MeshBatch]:
     """What all ranks have to agree about, and what of it is this rank's; ValueError for what is wrong."""
     check_types(batch)
+    check_devices(batch, group)
     if batch.token_BL.ndim != 2:
         raise ValueError(f"token_BL is {tuple(batch.token_BL.shape)}; it has to be (B, L)")
     rows, length = batch.token_BL.shape

@@ -34,8 +34,8 @@ class ByCounts:
         """See :func:`plan_dispatch`."""
         terms.check(group)
         rank, ranks, sharding = group.rank(), group.size(), terms.sharding
-        if problem := problem_of_arguments(expert_BlK, weight_BlK, sharding, rank):
-            num_choices, device = expected_message(expert_BlK, weight_BlK)
+        if problem := problem_of_arguments(expert_BlK, weight_BlK, sharding, group):
+            num_choices, device = expected_message(expert_BlK, weight_BlK, group)
             self.refuse(problem, terms, group, num_choices=num_choices, device=device)
         expert_BlK = expert_BlK.to(torch.int64)
         facts = CountsFacts.of(terms, rank, expert_BlK.shape[2], expert_BlK.device)

@@ -1,29 +1,50 @@
 """What can be wrong with the ids and weights that a rank plans with."""
 
+from typing import Any
+
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ...layout.partition import Partition
 from ...layout.sharding import TokenSharding
 from ...wire.agreement import BAD
+from ...wire.devices import device_for, problem_of_devices
 from ...wire.local_tensors import problem_of_dtensors
 from .format import ID_DTYPES
 
 
-def problem_of_arguments(expert_BlK: Tensor, weight_BlK: Tensor | None, sharding: TokenSharding, rank: int) -> str:
+def problem_of_arguments(
+    expert_BlK: Tensor, weight_BlK: Tensor | None, sharding: TokenSharding, group: dist.ProcessGroup
+) -> str:
     """What is wrong with this rank's tensors, without a look at their values; empty where nothing is."""
     return (
         problem_of_dtensors(expert_BlK=expert_BlK, weight_BlK=weight_BlK)
-        or _problem_of_ids(expert_BlK, sharding, rank)
+        or _problem_of_ids(expert_BlK, sharding, group.rank())
         or _problem_of_weights(expert_BlK, weight_BlK)
+        or problem_of_devices(group, expert_BlK=expert_BlK, weight_BlK=weight_BlK)
     )
 
 
-def expected_message(expert_BlK: Tensor, weight_BlK: Tensor | None) -> tuple[int, torch.device]:
-    """K, and the device, that the peers of a rank with wrong arguments expect of it: what the ids or weights it has
-    still tell. The message is as long as K says; the weights may know it where the ids do not."""
-    known = [x for x in (weight_BlK, expert_BlK) if isinstance(x, Tensor) and x.ndim]
-    return (max(known[0].shape[-1], 1), known[0].device) if known else (1, torch.device("cpu"))
+def expected_message(
+    expert_BlK: Tensor, weight_BlK: Tensor | None, group: dist.ProcessGroup
+) -> tuple[int, torch.device]:
+    """K, and the device, that the peers of a rank with wrong arguments expect of it."""
+    return expected_choices(expert_BlK, weight_BlK), device_for((weight_BlK, expert_BlK), group)
+
+
+def expected_choices(expert_BlK: Tensor, weight_BlK: Tensor | None) -> int:
+    """K, as far as the ids or weights still tell. A message is as long as K says; the weights may know it where the ids
+    do not."""
+    return next(filter(None, map(_last_size, (weight_BlK, expert_BlK))), 1)
+
+
+def _last_size(x: Any) -> int:
+    """Of the last dimension of a tensor, an array or nested lists; 0 where there is none."""
+    while isinstance(x, list | tuple) and x and isinstance(x[0], list | tuple):
+        x = x[0]
+    shape: Any = (len(x),) if isinstance(x, list | tuple) else getattr(x, "shape", ())
+    return shape[-1] if len(shape) else 0
 
 
 def ids_and_word(

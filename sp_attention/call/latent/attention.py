@@ -8,11 +8,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_dispatch import Partition, TokenSharding
-from moe_dispatch.internals import check_is_group
+from moe_dispatch.internals import check_is_group, device_for
 
 from ...spread.expansion import Expand
 from ...work.scheme import ULYSSES, Scheme
-from ..call_inputs import device_of_words
 from ..options import given_options
 from ..outcome import Attend
 from ..spread_call import Asking
@@ -97,5 +96,5 @@ def latent_attention_over_ranks(
     )
     latent = Latent(latent_BlC=latent_BlC, expand=expand, weights=weights, kv_heads=kv_heads)
     inputs_of = partial(LatentInputs.of, q_BlNH, latent, sharding, kv_sharding, heads, group, scheme)
-    call = asking.of_all_ranks(inputs_of, device_of_words([q_BlNH, latent_BlC], group))
+    call = asking.of_all_ranks(inputs_of, device_for([q_BlNH, latent_BlC], group))
     return call.in_tiles() if attend is None else call.by_attend(attend)

@@ -145,7 +145,7 @@ class LatentInputs(Inputs):
                     f"{name} is {tuple(x.shape)}, but this rank's shard in order {self.sharding.order!r} is {shape}; "
                     "pass the tokens that the sharding gives this rank"
                 )
-        if problem := problem_of_tensors(self.names, self.tensors):
+        if problem := problem_of_tensors(self.names, self.tensors, self.group):
             return problem
         for i, x in enumerate(self.weights):
             if problem := problem_of_dtensors(**{f"weights[{i}]": x}):

@@ -106,7 +106,7 @@ def _facts_and_step(
     if problem := _problem(batch, mesh):
         raise ValueError(problem)
     whole = _whole(batch)
-    facts, part = facts_and_part(whole, mesh, lengths, sharding)
+    facts, part = facts_and_part(whole, mesh, lengths, sharding, everyone())
     fed_rows, fed_length = (max(size, 1) for size in part.batch.token_Bl.shape)
     unfed = Step(
         target_Bl=part.batch.fields["target"],
