@@ -40,7 +40,9 @@ class Counted:
         self, expert_BlK: Tensor, weight_BlK: Tensor | None, terms: Terms, group: dist.ProcessGroup
     ) -> DispatchMetadata:
         """See :func:`plan_dispatch`."""
-        return _cheaper_form(terms, expected_choices(expert_BlK, weight_BlK)).plan(expert_BlK, weight_BlK, terms, group)
+        return _cheaper_form(terms, expected_choices(expert_BlK, weight_BlK)).plan(
+            expert_BlK, weight_BlK, terms, group
+        )
 
     def refuse(
         self, problem: str, terms: Terms, group: dist.ProcessGroup, *, num_choices: int, device: torch.device
