@@ -34,8 +34,7 @@ def expected_message(
 
 
 def expected_choices(expert_BlK: Tensor, weight_BlK: Tensor | None) -> int:
-    """K, as far as the ids or weights still tell it. A message is as long as K says; the weights may know it where the
-    ids do not."""
+    """K, as far as the ids or weights still tell it: a message is as long as K says."""
     return next(filter(None, map(_last_size, (weight_BlK, expert_BlK))), 1)
 
 
