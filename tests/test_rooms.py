@@ -14,7 +14,7 @@ from tests.support.source import ROOT, circles, code_lines, imported_files, impo
 FLOORS = (
     ("moe_dispatch/errors.py",),
     ("moe_dispatch/layout/",),
-    ("moe_dispatch/wire/",),
+    ("moe_dispatch/wire/", "moe_dispatch/fused/"),
     ("moe_dispatch/plan/",),
     ("moe_dispatch/rows/",),
     ("moe_dispatch/routing/",),

@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from ..fused.choice import runs_fused
 from .ids.group_tokens import GroupTokens
 
 
@@ -122,6 +123,10 @@ class Entries:
         """``mine_GK``: flat, 1 + my expert of each choice of each source, 0 for others; ``num_rows`` of them are."""
         # Choices are in (source, choice) order, so a stable sort leaves those of a source in order.
         flat_M = torch.nonzero_static(mine_GK, size=num_rows)[:, 0]
+        if runs_fused(mine_GK):
+            from ..fused import launch  # it needs triton
+
+            return cls(*launch.entries(flat_M.contiguous(), mine_GK, num_choices))
         source_M = flat_M // num_choices
         return cls(source_M, mine_GK.index_select(0, flat_M), flat_M.sub(source_M, alpha=num_choices))
 
@@ -133,12 +138,18 @@ def rows_in_order(
     and the tensors of a :class:`RowIndex` but one."""
     key_of_entry_M = token_of_entry_M.add(entries.mine_M, alpha=max(num_tokens, 1))
     key_of_row_M, entry_of_row_M = key_of_entry_M.sort(stable=True)
-    return key_of_row_M, {
-        "token_of_row_M": token_of_entry_M.index_select(0, entry_of_row_M),
-        "received_of_row_M": received_of_entry_M.index_select(0, entry_of_row_M),
-        "choice_of_row_M": entries.choice_M.index_select(0, entry_of_row_M),
-        "row_of_entry_M": inverse(entry_of_row_M),
-    }
+    in_order = reordered(entry_of_row_M, token_of_entry_M, received_of_entry_M, entries.choice_M)
+    names = "token_of_row_M", "received_of_row_M", "choice_of_row_M", "row_of_entry_M"
+    return key_of_row_M, dict(zip(names, in_order, strict=True))
+
+
+def reordered(entry_of_row_M: Tensor, *of_entries: Tensor) -> tuple[Tensor, ...]:
+    """Three tensors of entries in the order of the rows, and the row of each entry."""
+    if runs_fused(entry_of_row_M):
+        from ..fused import launch  # it needs triton
+
+        return launch.reorder(entry_of_row_M, *of_entries)
+    return (*(x_M.index_select(0, entry_of_row_M) for x_M in of_entries), inverse(entry_of_row_M))
 
 
 def rows_per_expert(key_of_row_M: Tensor, tokens: GroupTokens) -> Tensor:

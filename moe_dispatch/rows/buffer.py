@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .sums import sum_rows, take_rows
+from ..fused.choice import runs_fused
+from .sums import sum_rows, take_rows, with_dense_rows
 
 VECTOR_BYTES = 16  # what a thread of a GPU reads and writes at once, where all rows start at a multiple of it
 LEAST_BYTES_PER_PADDED = 32  # padding is at most 3 % of a row: with 4120 or 8200 bytes it is 0.2 or 0.1 %
@@ -53,6 +54,12 @@ class RowFormat:
 
     def gather(self, row_of_N: Tensor, row_tensors: Sequence[Tensor], out: Tensor) -> None:
         """:meth:`pack` of rows ``row_of_N`` of the tensors into ``out``, (N, bytes of a row), in one pass."""
+        if len(row_tensors[0]) and runs_fused(out, *row_tensors):  # else zeros, see take_rows
+            from ..fused import launch  # it needs triton
+
+            parts = [with_dense_rows(self._as_units(rows)) for rows in row_tensors]
+            launch.pack(parts, row_of_N, out.view(self._unit))
+            return
         for part, rows in zip(self._split(out), row_tensors, strict=True):
             take_rows(self._as_units(rows), row_of_N, out=part)
 
@@ -67,18 +74,31 @@ class RowFormat:
     def sum_part(self, buffer_SC: Tensor, part: int, row_of_entry: Tensor, first_entry: Tensor) -> Tensor:
         """:func:`sum_rows` of one part.
 
-        ``embedding_bag`` copies rows that are not dense. So where units are as wide as the part's dtype, whole rows
-        are summed: the rest, nonsense as numbers of that dtype, stays in its columns, and is cut off.
+        ``embedding_bag`` copies rows that are not dense; the fused kernel does not. So where units are as wide as the
+        part's dtype, whole rows are summed: the rest, nonsense as numbers of that dtype, stays in its columns, and is
+        cut off.
         """
         dtype = self._dtypes[part]
         most_of_the_row = 2 * self._widths[part] >= sum(self._widths)
-        if dtype.itemsize != self._unit.itemsize or not most_of_the_row:
+        strided = dtype.itemsize == self._unit.itemsize and runs_fused(buffer_SC)
+        if strided or dtype.itemsize != self._unit.itemsize or not most_of_the_row:
             return sum_rows(self.read_part(buffer_SC, part), row_of_entry, first_entry)
         return self._part(sum_rows(buffer_SC.view(dtype), row_of_entry, first_entry), part)
 
     def read_rows(self, buffer_NC: Tensor, part: int, row_of_M: Tensor) -> Tensor:
         """Rows ``row_of_M`` of one part, in one pass."""
         return self._part(buffer_NC.view(self._unit), part).index_select(0, row_of_M).view(self._dtypes[part])
+
+    def expand(self, buffer_NC: Tensor, row_of_M: Tensor, column_of_M: Tensor) -> tuple[Tensor, Tensor]:
+        """(M, width) rows ``row_of_M`` of the first part, and (M,) of the second part the number in column
+        ``column_of_M`` of that row."""
+        if not runs_fused(buffer_NC):
+            return self.read_rows(buffer_NC, 0, row_of_M), self.read_part(buffer_NC, 1)[row_of_M, column_of_M]
+        from ..fused import launch  # it needs triton
+
+        units = self._dtypes[1].itemsize // self._unit.itemsize
+        x_MU, value_MU = launch.expand(buffer_NC.view(self._unit), self._widths[0], row_of_M, column_of_M, units)
+        return x_MU.view(self._dtypes[0]), value_MU.view(self._dtypes[1]).squeeze(1)
 
     def _split(self, buffer_NC: Tensor) -> tuple[Tensor, ...]:
         units_NC = buffer_NC.view(self._unit)
@@ -91,8 +111,7 @@ class RowFormat:
         if rows.itemsize == self._unit.itemsize:
             return rows.view(self._unit)
         # One row or column counts as contiguous with any stride, but only stride 1 can be viewed as units.
-        dense = rows if rows.stride(1) == 1 else rows.clone(memory_format=torch.contiguous_format)
-        return dense.view(self._unit)
+        return with_dense_rows(rows).view(self._unit)
 
     def _as_rows(self, part: Tensor, dtype: torch.dtype) -> Tensor:
         if dtype.itemsize == self._unit.itemsize:

@@ -68,8 +68,7 @@ class FinishDispatch(torch.autograd.Function):
         ctx.save_for_backward(link.new_empty(0))
         buffer_RC, there = exchange.wait(), formats.there
         plan.row_index.came([there.read_part(buffer_RC, 2 + i) for i in range(len(plan.row_index.rides))])
-        weight_M = there.read_part(buffer_RC, 1)[plan.received_of_row_M, plan.choice_of_row_M]
-        return there.read_rows(buffer_RC, 0, plan.received_of_row_M), weight_M
+        return there.expand(buffer_RC, plan.received_of_row_M, plan.choice_of_row_M)
 
     @staticmethod
     @once_differentiable

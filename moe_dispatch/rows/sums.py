@@ -1,12 +1,17 @@
 """Sums over rows: gather, weigh and add in one pass, in float32 and without a float32 copy of the rows (float16 rows
 with weights are copied: their weights have no exact parts).
 
-``embedding_bag`` does it, low precision in float32 registers, in a fixed order on CPU and CUDA, and rounds once.
+``embedding_bag`` does it, low precision in float32 registers, in a fixed order on CPU and CUDA, and rounds once. The
+kernels of ``fused`` do it where they run: they read rows as vectors, and rows that are not dense.
 """
+
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ..fused.choice import runs_fused
 
 # Products of rows are made in pieces of about this many values: the cache of a core, or enough to fill a GPU.
 VALUES_AT_ONCE_CPU = 2**18
@@ -25,6 +30,8 @@ def take_rows(rows_ND: Tensor, row_of_M: Tensor, out: Tensor | None = None) -> T
 def sum_rows(rows_ND: Tensor, row_of_entry: Tensor, first_entry: Tensor) -> Tensor:
     """(len(first_entry), D): sums of consecutive entries' rows, each from its ``first_entry`` to the next; 0 where
     there is none."""
+    if runs_fused(rows_ND, row_of_entry):
+        return _fused().sums(with_dense_rows(rows_ND), row_of_entry, first_entry)
     return F.embedding_bag(row_of_entry, rows_ND.detach(), first_entry, mode="sum")
 
 
@@ -34,7 +41,11 @@ def sum_weighted_rows(rows_ND: Tensor, weight_N: Tensor, row_of_entry: Tensor, f
 
     Low-precision rows want weights of their own dtype: a bfloat16 row is taken with three bfloat16 parts of its
     weight, whose sum is the float32 weight and whose products are exact. There an Inf in a row or a weight gives NaN.
+    The fused kernel rounds each product to float32 instead.
     """
+    if runs_fused(rows_ND, row_of_entry):
+        weight_N = weight_N.to(torch.promote_types(rows_ND.dtype, torch.float32)).contiguous()
+        return _fused().sums(with_dense_rows(rows_ND), row_of_entry, first_entry, weight_N)
     if rows_ND.dtype == torch.bfloat16:
         parts_NP = _bfloat16_parts(weight_N.to(torch.float32))
         entry = row_of_entry.repeat_interleave(BFLOAT16_PARTS, output_size=BFLOAT16_PARTS * len(row_of_entry))
@@ -51,6 +62,8 @@ def weigh_rows(rows_RD: Tensor, weight_N: Tensor, row_of_N: Tensor) -> Tensor:
 def dot_rows(a_ND: Tensor, b_RD: Tensor, row_of_b_N: Tensor) -> Tensor:
     """(N,): the products of ``a_ND[i]`` and ``b_RD[row_of_b_N[i]]``, summed in float32 (float64 for float64)."""
     dtype = torch.promote_types(a_ND.dtype, torch.float32)
+    if runs_fused(a_ND, b_RD):
+        return _fused().dots(a_ND.contiguous(), with_dense_rows(b_RD), row_of_b_N, dtype)
     at_once = VALUES_AT_ONCE_CPU if a_ND.device.type == "cpu" else VALUES_AT_ONCE
     out_N = torch.empty(len(a_ND), dtype=dtype, device=a_ND.device)
     rows = max(at_once // max(a_ND.shape[1], 1), 1)
@@ -58,6 +71,17 @@ def dot_rows(a_ND: Tensor, b_RD: Tensor, row_of_b_N: Tensor) -> Tensor:
         product = b_RD.index_select(0, row_of_b).to(dtype).mul_(a.to(dtype))
         torch.sum(product, 1, out=out)
     return out_N
+
+
+def with_dense_rows(rows_ND: Tensor) -> Tensor:
+    """The same, each row in one piece; a copy where it was not."""
+    return rows_ND if rows_ND.stride(1) == 1 else rows_ND.clone(memory_format=torch.contiguous_format)
+
+
+def _fused() -> ModuleType:
+    from ..fused import launch  # it needs triton
+
+    return launch
 
 
 def _sum_weighted(rows_ND: Tensor, weight_N: Tensor, row_of_entry: Tensor, first_entry: Tensor) -> Tensor:

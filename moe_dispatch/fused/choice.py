@@ -1,0 +1,14 @@
+"""Where the fused kernels run."""
+
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+HAS_TRITON = find_spec("triton") is not None
+
+
+def runs_fused(*tensors: Tensor) -> bool:
+    """Whether these have memory of their own on CUDA, and there is Triton (the extra ``triton``; torch's builds for
+    CUDA bring it along)."""
+    return HAS_TRITON and all(x.is_cuda and type(x) is Tensor for x in tensors) and torch.version.cuda is not None

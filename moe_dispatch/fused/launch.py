@@ -1,0 +1,158 @@
+"""The kernels, launched on tensors. Needs triton: who uses it imports it where it runs.
+
+Rows may be narrower than their pitch: parts of the rows of a buffer.
+"""
+
+from collections.abc import Sequence
+from itertools import chain
+from math import gcd
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import kernels
+
+VECTOR_BYTES = 16  # what a thread reads and writes at once
+MOST_VALUES = 1024  # of a row, for one program at a time: 4 warps, of which each thread has 8
+INDICES = 512  # for one program: 4 warps, of which each thread has 4
+OPTIONS = MappingProxyType({"enable_fp_fusion": False})  # a product is rounded before it is added, in every version
+
+
+def pack(parts: Sequence[Tensor], row_of_N: Tensor, out_NC: Tensor) -> None:
+    """Rows ``row_of_N`` of up to four tensors side by side in the first columns of ``out_NC``; all of one dtype."""
+    wide, *narrow = parts
+    vector = _vector(wide, wide.shape[1], wide.stride(0), out_NC.stride(0))
+    absent = 3 - len(narrow)
+    widths = [part.shape[1] for part in narrow] + [0] * absent
+    beside: Any = chain(*((part, part.stride(0)) for part in [*narrow, *[wide] * absent]))
+    with torch.cuda.device_of(out_NC):
+        if len(row_of_N):
+            kernels.pack[(len(row_of_N),)](
+                row_of_N.contiguous(),
+                out_NC,
+                out_NC.stride(0) // vector,
+                wide,
+                wide.shape[1] // vector,
+                wide.stride(0) // vector,
+                *beside,
+                **_constants(VECTOR=vector, BLOCK=_block(wide.shape[1]), A=widths[0], B=widths[1], C=widths[2]),
+            )
+
+
+def expand(buffer_NC: Tensor, width: int, row_of_M: Tensor, column_of_M: Tensor, units: int) -> tuple[Tensor, Tensor]:
+    """(M, width) the first columns of rows ``row_of_M``, and (M, units) what stands ``column_of_M`` times ``units``
+    columns behind them."""
+    vector = _vector(buffer_NC, width, buffer_NC.stride(0))
+    out_MC, value_MU = (buffer_NC.new_empty(len(row_of_M), size) for size in (width, units))
+    with torch.cuda.device_of(buffer_NC):
+        if len(row_of_M):
+            kernels.expand[(len(row_of_M),)](
+                buffer_NC,
+                buffer_NC.stride(0) // vector,
+                row_of_M.contiguous(),
+                out_MC,
+                width // vector,
+                column_of_M.contiguous(),
+                value_MU,
+                **_constants(VECTOR=vector, BLOCK=_block(width), UNITS=units),
+            )
+    return out_MC, value_MU
+
+
+def sums(rows_ND: Tensor, row_of_entry: Tensor, first_entry: Tensor, weight_of_entry: Tensor | None = None) -> Tensor:
+    """(len(first_entry), D): see ``sums.sum_rows`` and ``sums.sum_weighted_rows``."""
+    width = rows_ND.shape[1]
+    vector, block = _vector(rows_ND, width, rows_ND.stride(0)), _block(width)
+    out_TD = rows_ND.new_empty(len(first_entry), width)
+    with torch.cuda.device_of(rows_ND):
+        if out_TD.numel():
+            kernels.sums[(len(out_TD), -(-width // block))](
+                rows_ND,
+                rows_ND.stride(0) // vector,
+                rows_ND if weight_of_entry is None else weight_of_entry,
+                row_of_entry.contiguous(),
+                first_entry.contiguous(),
+                len(row_of_entry),
+                len(first_entry),
+                out_TD,
+                width // vector,
+                **_constants(VECTOR=vector, BLOCK=block, WEIGHTED=weight_of_entry is not None),
+            )
+    return out_TD
+
+
+def dots(a_ND: Tensor, b_RD: Tensor, row_of_b_N: Tensor, dtype: torch.dtype) -> Tensor:
+    """(N,) in ``dtype``: see ``sums.dot_rows``. ``a_ND`` is dense."""
+    width = a_ND.shape[1]
+    vector = _vector(b_RD, width, b_RD.stride(0))
+    out_N = a_ND.new_empty(len(a_ND), dtype=dtype)
+    with torch.cuda.device_of(a_ND):
+        if len(out_N):
+            kernels.dots[(len(out_N),)](
+                a_ND,
+                b_RD,
+                b_RD.stride(0) // vector,
+                row_of_b_N.contiguous(),
+                out_N,
+                width // vector,
+                **_constants(VECTOR=vector, BLOCK=_block(width)),
+            )
+    return out_N
+
+
+def entries(flat_M: Tensor, mine_GK: Tensor, num_choices: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(M,) each: the source of each entry, its ``mine_GK``, and its choice."""
+    source_M, mine_M, choice_M = (torch.empty_like(flat_M) for _ in range(3))
+    with torch.cuda.device_of(flat_M):
+        if len(flat_M):
+            kernels.entries[_programs(flat_M)](
+                flat_M,
+                mine_GK.contiguous(),
+                len(flat_M),
+                num_choices,
+                source_M,
+                mine_M,
+                choice_M,
+                **_constants(BLOCK=INDICES),
+            )
+    return source_M, mine_M, choice_M
+
+
+def reorder(entry_of_row_M: Tensor, a_M: Tensor, b_M: Tensor, c_M: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(M,) each: the three in the order of the rows, and the row of each entry; all int64."""
+    a, b, c, row_of_entry = (torch.empty_like(entry_of_row_M) for _ in range(4))
+    with torch.cuda.device_of(entry_of_row_M):
+        if len(entry_of_row_M):
+            kernels.reorder[_programs(entry_of_row_M)](
+                entry_of_row_M,
+                a_M.contiguous(),
+                b_M.contiguous(),
+                c_M.contiguous(),
+                len(entry_of_row_M),
+                a,
+                b,
+                c,
+                row_of_entry,
+                **_constants(BLOCK=INDICES),
+            )
+    return a, b, c, row_of_entry
+
+
+def _programs(x_M: Tensor) -> tuple[int]:
+    return (-(-len(x_M) // INDICES),)
+
+
+def _constants(**values: int) -> dict[str, Any]:
+    return {**values, **OPTIONS}
+
+
+def _vector(rows: Tensor, *widths: int) -> int:
+    """The most values, of at most 16 bytes, of which all widths are a multiple."""
+    return gcd(VECTOR_BYTES // rows.itemsize, *widths)
+
+
+def _block(width: int) -> int:
+    """A power of two that holds the width, or as many values as one program has."""
+    return min(MOST_VALUES, 1 << max(width - 1, 0).bit_length())
