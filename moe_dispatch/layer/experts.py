@@ -1,6 +1,7 @@
 """SwiGLU experts over ragged rows."""
 
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +10,8 @@ from torch import Tensor, nn
 from ..wire.autocast import cast_to_autocast, without_autocast
 from ..wire.uncompiled import uncompiled
 
+GROUPED_ON = (9, 10)  # major compute capabilities
+
 
 class GroupedExperts(nn.Module):
     """This rank's experts: ``down(weight * silu(gate(x)) * up(x))`` for each expert's rows.
@@ -16,8 +19,8 @@ class GroupedExperts(nn.Module):
     The routing weight multiplies the hidden row, before the bias-free down-projection: the same as on the output, and
     narrower. Under ``torch.autocast`` products are of its dtype, as those of ``nn.Linear``.
 
-    On CUDA, bfloat16 rows and weights (also those of autocast), with D and F multiples of 8, run without the host;
-    others are multiplied expert by expert, which waits for the counts, once per forward.
+    On CUDA of compute capability 9 and 10, bfloat16 rows and weights (also those of autocast), with D and F multiples
+    of 8, run without the host; others are multiplied expert by expert, which waits for the counts, once per forward.
 
     Args:
         num_experts: e, the experts of this rank; 0 is ordinary.
@@ -103,6 +106,8 @@ def _grouped_product(x_MI: Tensor, w_eIO: Tensor, groups: RowGroups) -> Tensor:
     if _grouped_mm_runs(x_MI, w_eIO):
         if x_MI.stride() != (x_MI.shape[1], 1):  # it wants strides of 16 bytes, of a single row too
             x_MI = x_MI.clone(memory_format=torch.contiguous_format)
+        if x_MI.device.type == "cuda" and w_eIO.requires_grad:
+            w_eIO = _ZeroWithoutRows.apply(w_eIO, groups.rows_per_expert_e)  # type: ignore[assignment]
         y_MO = F.grouped_mm(x_MI, w_eIO, offs=groups.ends_e)
         if y_MO.requires_grad:
             y_MO.register_hook(Tensor.contiguous)  # its backward refuses an expanded gradient, e.g. that of sum()
@@ -110,15 +115,41 @@ def _grouped_product(x_MI: Tensor, w_eIO: Tensor, groups: RowGroups) -> Tensor:
     return _product_by_expert(x_MI, w_eIO, groups)
 
 
+class _ZeroWithoutRows(torch.autograd.Function):
+    """forward   w_eIO
+    backward  d w_eIO, with 0 for experts without rows: CUDA's grouped_mm may leave these as the memory was
+    (pytorch#172439, on capability 10)
+    """
+
+    @staticmethod
+    def forward(ctx: Any, w_eIO: Tensor, rows_per_expert_e: Tensor) -> Tensor:
+        ctx.save_for_backward(rows_per_expert_e)
+        return w_eIO.view_as(w_eIO)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        is_empty_e11 = (ctx.saved_tensors[0] == 0)[:, None, None]
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return grads[0].masked_fill(is_empty_e11, 0.0), None
+        return grads[0].masked_fill_(is_empty_e11, 0.0), None  # as large as the experts, and nobody else has it
+
+
 def _grouped_mm_runs(x_MI: Tensor, w_eIO: Tensor) -> bool:
     """grouped_mm needs some rows, widths that are a multiple of 16 bytes, and bfloat16; on CPU, where it is not
-    compiled, it takes float16 and float32 too."""
+    compiled, it takes float16 and float32 too. On CUDA it needs capability 9 or 10: elsewhere torch copies the ends
+    to the host, in each product."""
     everywhere, eager_on_cpu = (torch.bfloat16,), (torch.bfloat16, torch.float16, torch.float32)
     on_cpu = x_MI.device.type == "cpu" and not torch.compiler.is_compiling()
     dtypes = eager_on_cpu if on_cpu else everywhere
     widths = (w_eIO.shape[1] * w_eIO.itemsize, w_eIO.shape[2] * w_eIO.itemsize)
     fits = x_MI.dtype == w_eIO.dtype and x_MI.dtype in dtypes and not any(width % 16 for width in widths)
-    return fits and len(x_MI) > 0 and len(w_eIO) > 0
+    return fits and len(x_MI) > 0 and len(w_eIO) > 0 and (x_MI.device.type != "cuda" or _is_grouped_on(x_MI.device))
+
+
+@torch.compiler.assume_constant_result
+def _is_grouped_on(device: torch.device) -> bool:
+    """Whether a CUDA device multiplies groups in one kernel."""
+    return torch.cuda.get_device_capability(device)[0] in GROUPED_ON
 
 
 @uncompiled("other numbers of rows would be another graph")
@@ -127,6 +158,8 @@ def _product_by_expert(x_MI: Tensor, w_eIO: Tensor, groups: RowGroups) -> Tensor
         # No experts, so no rows of any: a product that keeps both in the graph. FSDP2 leaves these weights alone, so
         # its mixed precision does not cast them as it casts the rows.
         return x_MI @ w_eIO.sum(0).to(x_MI.dtype)
+    if not len(x_MI):  # no counts to read
+        return x_MI @ w_eIO[0]
     *x_of_expert, unused_mI = x_MI.split([*groups.counts, len(x_MI) - sum(groups.counts)])
     products = [x_mI @ w_IO for x_mI, w_IO in zip(x_of_expert, w_eIO.unbind(0), strict=True)]
     return torch.cat([*products, unused_mI.new_zeros(len(unused_mI), w_eIO.shape[2])])

@@ -34,7 +34,7 @@ def index_sent(sent_rows: SentRows, in_pair: int) -> dict[str, Tensor]:
     token_of_slot_S1 = first_P1.new_full((num_sent + 1,), num_tokens)
     token_of_sent_S = token_of_slot_S1.scatter_(0, slot_Pt.flatten(), token_Pt.flatten())[:-1]
     rank_of_sent_S = sent_rows.tokens.rank_of_peer_P.repeat_interleave(in_pair, output_size=num_sent)
-    key_of_entry_S, sent_of_entry_S = rank_of_sent_S.add(token_of_sent_S, alpha=ranks).sort()
+    key_of_entry_S, sent_of_entry_S = rank_of_sent_S.add(token_of_sent_S, alpha=ranks).sort(stable=True)
     return {
         "token_of_sent_S": token_of_sent_S.masked_fill(token_of_sent_S == num_tokens, 0),
         "sent_of_entry_S": sent_of_entry_S,
@@ -55,7 +55,10 @@ def index_received(mine_GK: Tensor, tokens: GroupTokens, in_pair: int, num_rows:
     slot_G = _received_slots(mine_GK.view(-1, num_choices).any(1), tokens, in_pair)
     fits_GK = (slot_G < num_received).repeat_interleave(num_choices)
     # One token more, behind the last: of the entries that are not used. It comes after all in the order of the rows.
-    flat_of_entry_M = torch.nonzero_static(mine_GK * fits_GK, size=num_rows, fill_value=len(mine_GK))[:, 0]
+    chosen_GK = mine_GK * fits_GK
+    if not len(chosen_GK):  # CUDA's nonzero_static divides by the number of values
+        chosen_GK = chosen_GK.new_zeros(1)
+    flat_of_entry_M = torch.nonzero_static(chosen_GK, size=num_rows, fill_value=len(mine_GK))[:, 0]
     g_of_entry_M = flat_of_entry_M // num_choices
     token_of_entry_M = _with_last(tokens.token_of_G, -1).index_select(0, g_of_entry_M)
     slot_of_entry_M = _with_last(slot_G, num_received).index_select(0, g_of_entry_M)
