@@ -8,6 +8,7 @@ from torch import Tensor
 
 from . import orders
 from .frozen import Frozen
+from .on_device import Made
 from .partition import Partition, check_count
 from .places import Places, Run, as_held, in_order
 
@@ -30,7 +31,7 @@ class HeldGrid(Frozen):
     local_starts: tuple[int, ...]
     num_held: int
     _pieces: tuple[tuple[int, int], ...]
-    _kept: dict[Hashable, Any]
+    _kept: dict[Hashable, Made]
 
     __slots__ = tuple(__annotations__)
     _defining = ("batch", "seq", "order", "held", "rectangles")
@@ -120,10 +121,10 @@ class HeldGrid(Frozen):
 
     def keep(self, key: Hashable, make: Callable[[], T]) -> T:
         """What ``make`` gives, made once for each ``key`` and kept for as long as this object lives: for tensors that
-        depend on the sharding and the key only, and that nobody writes to."""
+        depend on the sharding and the key only, and that nobody writes to. The key of tensors names their device."""
         if key not in self._kept:
-            self._kept[key] = make()
-        return self._kept[key]
+            self._kept[key] = Made(make(), key)
+        return self._kept[key].take()
 
     def local_shape(self, rank: int) -> tuple[int, int]:
         """(b, l), or (l, b) for order "LB"."""

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .frozen import Frozen
+from .on_device import ints_on
 
 
 def check_count(value: object, name: str, least: int) -> None:
@@ -83,5 +84,5 @@ class Partition(Frozen):
 
     def owner(self, index: Tensor) -> Tensor:
         """Rank that holds each ``index``; ``index`` has any shape, with values in [0, total)."""
-        ends = torch.tensor(self.offsets[1:], dtype=torch.int64, device=index.device)
+        ends = ints_on(self.offsets[1:], index.device)
         return torch.bucketize(index, ends, right=True)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .frozen import Frozen
+from .on_device import ints_on
 from .partition import Partition
 
 Run = tuple[int, int]
@@ -109,7 +110,7 @@ class Shifts(Frozen):
     def of(self, index: Tensor) -> Tensor:
         if len(self.by) < 2:  # one run stays where it is
             return index
-        ends, by = (torch.tensor(x, dtype=torch.int64, device=index.device) for x in (self.starts[1:], self.by))
+        ends, by = (ints_on(x, index.device) for x in (self.starts[1:], self.by))
         return index + by[torch.bucketize(index, ends, right=True)]
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .grid import HeldGrid
+from .on_device import ints_on
 
 
 class TokenSharding(HeldGrid):
@@ -89,7 +90,7 @@ class TokenSharding(HeldGrid):
         batch_piece, seq_rank = self.batch.owner(row), self.places.lengths.owner(stacked)
 
         def of_piece(values: Sequence[int], piece: Tensor) -> Tensor:
-            return torch.tensor(values, dtype=torch.int64, device=global_token.device)[piece]
+            return ints_on(values, global_token.device)[piece]
 
         row = row - of_piece(self.batch.offsets, batch_piece)
         local_place = stacked - of_piece(self.places.lengths.offsets, seq_rank)

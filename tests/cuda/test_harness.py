@@ -191,6 +191,7 @@ def test_nothing_is_left_behind() -> None:
         return [
             torch.nn.functional.scaled_dot_product_attention,
             torch.cuda.Event,
+            torch.cuda.current_stream,
             torch.cuda._lazy_init,
             torch.Tensor.pin_memory,
             torch.accelerator.current_accelerator,

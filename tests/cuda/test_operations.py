@@ -13,7 +13,9 @@ from tests.support.cuda.tried.table import HEAD, PAGE, row, written
 @pytest.mark.usefixtures("uncovered")
 def test_an_operation_is_right_and_does_what_the_page_says(operation: Operation, rank_threads: RankThreads) -> None:
     """Where a number has changed on purpose: ``python -m tests.support.cuda.tried.table`` writes the page."""
-    assert row(operation, check(operation, RANKS, rank_threads)) in PAGE.read_text().splitlines()
+    found = row(operation, check(operation, RANKS, rank_threads))
+    if found not in PAGE.read_text().splitlines():
+        pytest.fail(f"docs/device.md has another row: {found}")
 
 
 def test_the_page_has_a_row_for_each_operation_and_no_other() -> None:

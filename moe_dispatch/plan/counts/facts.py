@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...layout.on_device import ints_on
 from ...wire.agreement import digest
 from ..ids.format import STEP, IdFormat
 from ..terms import Terms
@@ -75,7 +76,7 @@ class CountsFacts:
         rank_P1 = torch.arange(ranks + 1, device=device)
         peer_of_rank_P1 = (rank_P1 - (rank_P1 > rank).to(torch.int64)).masked_fill_(rank_P1 == rank, ranks - 1)
         expert_E = torch.arange(experts.total, device=device)
-        offset_P = torch.tensor(experts.offsets, device=device)
+        offset_P = ints_on(experts.offsets, device)
         rank_of_expert_E = torch.searchsorted(offset_P, expert_E, right=True) - 1
         number_of_expert_E = expert_E - offset_P[rank_of_expert_E]  # among those of its rank
         step_of_expert_E = rank_of_expert_E * steps + HEAD_STEPS + number_of_expert_E

@@ -7,6 +7,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from ...layout.on_device import ints_on
 from ...layout.partition import Partition
 from ...layout.sharding import TokenSharding
 from ...layout.stacked import stacked_ranks, stacked_tokens
@@ -76,7 +77,7 @@ class GroupTokens:
         id_format = IdFormat.of(num_choices, experts.total)
         steps = id_format.steps
         rank_of_peer = (*(r for r in range(sharding.num_ranks) if r != rank), rank)
-        rank_of_peer_P = torch.tensor(rank_of_peer, device=device)
+        rank_of_peer_P = ints_on(rank_of_peer, device)
         peer_of_rank_P = rank_of_peer_P.argsort()
         sizes, starts = sharding.local_sizes, sharding.local_starts
         rank_of_G = stacked_ranks(sharding, device)
@@ -99,10 +100,10 @@ class GroupTokens:
             rank_of_peer_P=rank_of_peer_P,
             peer_of_id_E=torch.cat([expert_E.new_zeros(1), peer_of_rank_P[experts.owner(expert_E)] + 1]),
             mine_of_id_E=torch.cat([expert_E.new_zeros(1), mine_E * (expert_E - first + 1)]),
-            step_of_word_P=torch.tensor([start * steps + r for r, start in enumerate(starts)], device=device),
+            step_of_word_P=ints_on([start * steps + r for r, start in enumerate(starts)], device),
             step_of_ids_GS=step_of_ids_GS.flatten(),
             token_of_G=stacked_tokens(sharding, device)[stacked_of_G],
             peer_of_G=peer_of_rank_P[rank_of_G[stacked_of_G]],
-            start_P1=torch.tensor([0, *accumulate(map(sizes.__getitem__, rank_of_peer))], device=device),
+            start_P1=ints_on([0, *accumulate(map(sizes.__getitem__, rank_of_peer))], device),
             first_key_e1=torch.arange(1, num_mine + 2, device=device) * sharding.num_tokens,
         )

@@ -79,12 +79,25 @@ def is_pinned(x: Tensor) -> bool:
     return getattr(x, "_pinned", False)
 
 
+class CudaStream:
+    """A stream that keeps no order: it tells what it was made to wait for, and whether a graph is captured on it."""
+
+    def __init__(self, *, is_capturing: bool = False) -> None:
+        self.is_capturing = is_capturing
+        self.waited_for: list[object] = []
+
+    def wait_event(self, event: object) -> None:
+        assert not self.is_capturing, "an event from before the capture of a graph"
+        self.waited_for.append(event)
+
+
 class FakeGpu(TorchDispatchMode):
     """The device of one rank. Inside of it, operations are seen.
 
     Attributes:
         device: what the tensors say.
         schedule: when the bytes of collectives move.
+        stream: the current one.
     """
 
     device = CUDA
@@ -93,6 +106,7 @@ class FakeGpu(TorchDispatchMode):
         super().__init__()
         self.schedule: Schedule = schedule
         self._report = Report()
+        self.stream = CudaStream()
         self.arriving: list[tuple[Tensor, Tensor]] = []  # pinned memory of the host, and what will be in it
 
     def tensor(self, x: Tensor) -> Tensor:

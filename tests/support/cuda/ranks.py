@@ -71,11 +71,20 @@ def ends_on_cuda(
     return [ended[rank] for rank in range(ranks)]
 
 
+def current_gpu() -> FakeGpu:
+    """The device of the calling rank."""
+    return next(mode for mode in _get_current_dispatch_mode_stack() if isinstance(mode, FakeGpu))
+
+
 class CudaEvent:
     """An event after all that was enqueued so far."""
 
     def record(self, stream: Any = None) -> None:
-        self._gpu = next(mode for mode in _get_current_dispatch_mode_stack() if isinstance(mode, FakeGpu))
+        self._gpu = current_gpu()
+
+    def query(self) -> bool:
+        """Not yet: the worst there can be."""
+        return False
 
     def synchronize(self) -> None:
         self._gpu.wait()
@@ -102,6 +111,8 @@ def cuda_is_there(capability: tuple[int, int]) -> Iterator[None]:
         (torch.cuda, "_lazy_init"): lambda: None,
         (torch.cuda, "get_device_capability"): lambda device=None: capability,
         (torch.cuda, "Event"): CudaEvent,
+        (torch.cuda, "current_stream"): lambda device=None: current_gpu().stream,
+        (torch.cuda, "is_current_stream_capturing"): lambda: current_gpu().stream.is_capturing,
         (torch.Tensor, "pin_memory"): lambda x: pinned(x.clone()),
         (torch.accelerator, "current_accelerator"): lambda check_available=False: CUDA,
         (F, "scaled_dot_product_attention"): attention.scaled_dot_product_attention,

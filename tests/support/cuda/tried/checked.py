@@ -22,7 +22,7 @@ HARMLESS = {
     "index_add at autograd": "a head of keys has two copies here, whose sum has no order; of more it has one",
     "index_add_ at layer/balance.py": "counts are whole numbers",
 }
-IN_BACKGROUND = {"spread/waiting.py"}  # what offload is for
+IN_BACKGROUND = {"spread/waiting.py", "layout/on_device.py"}  # what offload is for, and index tensors of a gather
 
 
 def unlike(got: Tensor, wanted: Tensor, same_kernels: bool) -> bool:

@@ -50,7 +50,7 @@ def asking(rank: int, place: Place) -> Step:
 
 
 OF_GROUPS = (
-    Operation(name="gather_tokens", step=gathering, h2d=2),
+    Operation(name="gather_tokens", step=gathering),
     Operation(name="place_tokens", step=placing),
     Operation(name="exchange_rows", step=exchanging),
     Operation(name="agree", step=agreeing, d2h=(1, 0)),

@@ -1,0 +1,42 @@
+"""What a sharding makes on a device: numbers that nobody waits for, and tensors that any stream may take."""
+
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def ints_on(values: Sequence[Any], device: torch.device | str) -> Tensor:
+    """int64 of Python ints, nested or not. ``torch.tensor(values, device=...)`` waits for CUDA; from pinned memory
+    nobody does."""
+    device = torch.device(device)
+    if device.type != "cuda" or torch.compiler.is_compiling():
+        return torch.tensor(values, dtype=torch.int64, device=device)
+    return torch.tensor(values, dtype=torch.int64, device="cpu").pin_memory().to(device, non_blocking=True)
+
+
+class Made:
+    """What was made for a key, which may have a device in it. Kernels of one stream do not wait for those of another:
+    so whoever takes it on another stream than its own has that stream wait, until it is there."""
+
+    __slots__ = ("_device", "_ready", "_stream", "value")
+
+    def __init__(self, value: Any, key: Hashable) -> None:
+        parts = key if isinstance(key, tuple) else ()
+        self.value = value
+        self._device = next((x for x in parts if isinstance(x, torch.device) and x.type == "cuda"), None)
+        self._ready = None
+        if self._device is not None and not torch.cuda.is_current_stream_capturing():
+            self._stream, self._ready = torch.cuda.current_stream(self._device), torch.cuda.Event()
+            self._ready.record(self._stream)
+
+    def take(self) -> Any:
+        """The value, for kernels of the current stream."""
+        # A graph is captured after a warm-up and a synchronisation; to ask for an older event would end the capture.
+        if self._ready is not None and not torch.cuda.is_current_stream_capturing():
+            if self._ready.query():
+                self._ready = None
+            elif (stream := torch.cuda.current_stream(self._device)) != self._stream:
+                stream.wait_event(self._ready)
+        return self.value
