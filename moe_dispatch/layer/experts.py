@@ -1,7 +1,6 @@
 """SwiGLU experts over ragged rows."""
 
 from functools import cached_property
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -107,7 +106,7 @@ def _grouped_product(x_MI: Tensor, w_eIO: Tensor, groups: RowGroups) -> Tensor:
         if x_MI.stride() != (x_MI.shape[1], 1):  # it wants strides of 16 bytes, of a single row too
             x_MI = x_MI.clone(memory_format=torch.contiguous_format)
         if x_MI.device.type == "cuda" and w_eIO.requires_grad:
-            w_eIO = _ZeroWithoutRows.apply(w_eIO, groups.rows_per_expert_e)  # type: ignore[assignment]
+            w_eIO = _with_zeros_for_no_rows(w_eIO, groups.rows_per_expert_e)
         y_MO = F.grouped_mm(x_MI, w_eIO, offs=groups.ends_e)
         if y_MO.requires_grad:
             y_MO.register_hook(Tensor.contiguous)  # its backward refuses an expanded gradient, e.g. that of sum()
@@ -115,23 +114,19 @@ def _grouped_product(x_MI: Tensor, w_eIO: Tensor, groups: RowGroups) -> Tensor:
     return _product_by_expert(x_MI, w_eIO, groups)
 
 
-class _ZeroWithoutRows(torch.autograd.Function):
-    """forward   w_eIO
-    backward  d w_eIO, with 0 for experts without rows: CUDA's grouped_mm may leave these as the memory was
-    (pytorch#172439, on capability 10)
-    """
+def _with_zeros_for_no_rows(w_eIO: Tensor, rows_per_expert_e: Tensor) -> Tensor:
+    """``w_eIO``, whose gradient is 0 for experts without rows: CUDA's grouped_mm may leave it as the memory was
+    (pytorch#172439, on capability 10)."""
 
-    @staticmethod
-    def forward(ctx: Any, w_eIO: Tensor, rows_per_expert_e: Tensor) -> Tensor:
-        ctx.save_for_backward(rows_per_expert_e)
-        return w_eIO.view_as(w_eIO)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        is_empty_e11 = (ctx.saved_tensors[0] == 0)[:, None, None]
+    def zeros(grad_eIO: Tensor) -> Tensor:
+        is_empty_e11 = (rows_per_expert_e == 0)[:, None, None]
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return grads[0].masked_fill(is_empty_e11, 0.0), None
-        return grads[0].masked_fill_(is_empty_e11, 0.0), None  # as large as the experts, and nobody else has it
+            return grad_eIO.masked_fill(is_empty_e11, 0.0)
+        return grad_eIO.masked_fill_(is_empty_e11, 0.0)  # as large as the experts, and nobody else has it
+
+    w_eIO = w_eIO.view_as(w_eIO)
+    w_eIO.register_hook(zeros)
+    return w_eIO
 
 
 def _grouped_mm_runs(x_MI: Tensor, w_eIO: Tensor) -> bool:
@@ -146,7 +141,6 @@ def _grouped_mm_runs(x_MI: Tensor, w_eIO: Tensor) -> bool:
     return fits and len(x_MI) > 0 and len(w_eIO) > 0 and (x_MI.device.type != "cuda" or _is_grouped_on(x_MI.device))
 
 
-@torch.compiler.assume_constant_result
 def _is_grouped_on(device: torch.device) -> bool:
     """Whether a CUDA device multiplies groups in one kernel."""
     return torch.cuda.get_device_capability(device)[0] in GROUPED_ON
