@@ -1,6 +1,7 @@
 """What CUDA's kernels leave as it was, copy to the host, or cannot do."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from unittest import mock
 
 import pytest
 import torch
@@ -15,9 +16,11 @@ from moe_dispatch import (
     dispatch,
     plan_static,
 )
+from moe_dispatch.plan.host_copy import HostCopy
 from tests.support.cuda.device import FakeGpu
-from tests.support.cuda.ranks import ends_on_cuda
+from tests.support.cuda.ranks import ends_on_cuda, results_on_cuda
 from tests.support.cuda.report import Report
+from tests.support.cuda.tried.of_experts import Planning, by_counts, counted, drawn
 from tests.support.ranks import world
 
 DIM, HIDDEN = 16, 24
@@ -86,3 +89,34 @@ def test_a_group_without_tokens_has_plans_of_fixed_sizes() -> None:
         if end.error is not None:
             raise end.error
         assert end.result == [-1] * 4
+
+
+@pytest.mark.parametrize("kind", [counted, by_counts])
+def test_the_counts_of_a_plan_are_awaited_behind_what_does_not_need_them(kind: Callable[[int], Planning]) -> None:
+    """One copy to pinned memory, then a kernel, then the wait for its event."""
+
+    def case(rank: int, gpu: FakeGpu) -> tuple[Report, int]:
+        ids, weight, _ = map(gpu.tensor, drawn(rank))
+        plan, kernels = kind(rank), list[int]()
+        start, read = HostCopy.start, HostCopy.read
+
+        def seen_start(x_N: Tensor) -> HostCopy:
+            kernels.append(report.kernels)
+            return start(x_N)
+
+        def seen_read(copied: HostCopy) -> list[int]:
+            kernels.append(report.kernels)
+            return read(copied)
+
+        with (
+            gpu.report() as report,
+            mock.patch.object(HostCopy, "start", seen_start),
+            mock.patch.object(HostCopy, "read", seen_read),
+        ):
+            plan(ids, weight)
+        return report, kernels[1] - kernels[0]
+
+    for report, behind in results_on_cuda(case, 1):
+        assert [line.split(":")[0] for line in report.d2h] == ["plan/host_copy.py"]
+        assert [line.split(":")[0] for line in report.background if "host" in line] == ["plan/host_copy.py"]
+        assert behind >= 1

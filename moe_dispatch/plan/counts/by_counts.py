@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...wire.agreement import BAD, Statement
 from ...wire.policies import unseen_by_policies
+from ..host_copy import HostCopy
 from ..ids.checks import expected_message, ids_and_word, problem_of_arguments, problem_of_values
 from ..metadata import DispatchMetadata
 from ..terms import Terms
@@ -46,7 +47,9 @@ class ByCounts:
         told_tW = told_of_tokens(id_tK, facts)
         word_P, received_P, choices_e = exchange.wait()
         # The one copy to the host.
-        counts = torch.cat([word_P, sent_P, received_P, choices_e.sum(0, keepdim=True)]).tolist()
+        copied = HostCopy.start(torch.cat([word_P, sent_P, received_P, choices_e.sum(0, keepdim=True)]))
+        kept_BlK = expert_BlK.clone()
+        counts = copied.read()
         words, rows_sent, rows_received = (tuple(counts[i * ranks : (i + 1) * ranks]) for i in range(3))
         if set(words) != {facts.expected}:
             problem = problem_of_values(expert_BlK, weight_BlK, terms.experts) if words[rank] == BAD else ""
@@ -59,7 +62,7 @@ class ByCounts:
             group=group,
             rows_sent=rows_sent,
             rows_received=rows_received,
-            expert_BlK=expert_BlK.clone(),
+            expert_BlK=kept_BlK,
             rows_per_expert_e=choices_e,
             **sent_rows.index(sum(rows_sent)),
             row_index=RidingIndex(facts, counts[-1], told_tW),

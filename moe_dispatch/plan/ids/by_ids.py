@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...wire.agreement import BAD, Statement
 from ...wire.policies import unseen_by_policies
+from ..host_copy import HostCopy
 from ..metadata import DispatchMetadata, KnownIndex
 from ..row_index import ReceivedRows, SentRows
 from ..terms import Terms
@@ -42,8 +43,9 @@ class ByIds:
         id_GK, word_P = exchange.wait()
         received_rows = ReceivedRows.of(id_GK, tokens)
         counts = (word_P, sent_P, received_rows.received_before_P1, received_rows.count_1)
-        # The one copy to the host.
-        words, sent, received_before, (num_rows,) = _split(torch.cat(counts).tolist(), map(len, counts))
+        copied = HostCopy.start(torch.cat(counts))  # the one copy to the host
+        kept_BlK = expert_BlK.clone()
+        words, sent, received_before, (num_rows,) = _split(copied.read(), map(len, counts))
         if set(words) != {tokens.expected}:
             problem = problem_of_values(expert_BlK, weight_BlK, terms.experts) if words[rank] == BAD else ""
             Statement(tokens.facts, problem).raise_on_every_rank(device=expert_BlK.device, group=group)
@@ -56,7 +58,7 @@ class ByIds:
             group=group,
             rows_sent=tokens.by_rank(sent),
             rows_received=tokens.by_rank([after - before for before, after in pairwise(received_before)]),
-            expert_BlK=expert_BlK.clone(),
+            expert_BlK=kept_BlK,
             rows_per_expert_e=per_expert_e,
             **sent_rows.index(sum(sent)),
             row_index=KnownIndex(row_index),

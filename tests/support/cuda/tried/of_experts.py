@@ -29,6 +29,8 @@ from moe_dispatch import (
     start_dispatch,
     sum_gradients,
 )
+from moe_dispatch.plan.counts.by_counts import ByCounts
+from moe_dispatch.plan.terms import Terms
 from tests.support.ranks import world
 
 from .operation import Operation, Place, Step
@@ -88,6 +90,12 @@ def counted(rank: int) -> Planning:
     return partial(_plan, plan_dispatch, tokens_of_ranks(), group=world())
 
 
+def by_counts(rank: int) -> Planning:
+    """The other form of the same plan, which few ranks do not use."""
+    terms = Terms(sharding=tokens_of_ranks(), experts=experts_of_ranks(), dim=DIM)
+    return lambda ids_BlK, weight_BlK: ByCounts().plan(ids_BlK, weight_BlK.detach(), terms, world())
+
+
 def static(rank: int) -> Planning:
     return partial(_plan, plan_static, tokens_of_ranks(), group=world(), sizes=sizes_of_ranks())
 
@@ -111,7 +119,8 @@ def planning(kind: Callable[[int], Planning], rank: int, place: Place) -> Step:
     def forward() -> Sequence[Tensor]:
         made = plan(ids, weight)
         last = getattr(made, "within", made)
-        return [made.rows_per_expert_e, made.token_of_row_M, last.row_of_entry_M, last.first_entry_t]
+        known = [made.rows_per_expert_e, last.token_of_sent_S, last.sent_of_entry_S, last.first_entry_t]
+        return known if kind is by_counts else [*known, made.token_of_row_M, last.row_of_entry_M]
 
     return Step(forward)
 
@@ -194,7 +203,12 @@ def balance_loss(rank: int, place: Place) -> Step:
     return Step(lambda: [sequence_balance_loss(scores, top_k=CHOICES, sharding=sharding, group=world())], (scores,))
 
 
-KINDS = {"plan_dispatch": (counted, 1), "plan_static": (static, 0), "plan_hierarchical": (hierarchical, 2)}
+KINDS = {
+    "plan_dispatch": (counted, 1),
+    "plan_dispatch by counts": (by_counts, 1),
+    "plan_static": (static, 0),
+    "plan_hierarchical": (hierarchical, 2),
+}
 PLANNERS: dict[str, tuple[Callable[[int], dict[str, Any]], int]] = {
     "counted": (lambda rank: {}, 1),
     "fixed sizes": (lambda rank: {"planner": sizes_of_ranks()}, 0),
