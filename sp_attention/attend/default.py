@@ -84,7 +84,12 @@ def scaled_dot_product(
     one_key_by_parts = lengths[1] == 1 and mask.values.requires_grad  # torch multiplies by parts where a mask learns
     if sinks_n is None and dropout is None and not one_key_by_parts:
         out_BnLH = F.scaled_dot_product_attention(
-            q_BnLH, k_BgLH, v_BgLH, attn_mask=mask.values, scale=factor, enable_gqa=True
+            q_BnLH,
+            k_BgLH,
+            v_BgLH,
+            attn_mask=_mask_without_numbers(mask.values, q_BnLH),
+            scale=factor,
+            enable_gqa=True,
         )
     else:
         with without_autocast(q_BnLH):
@@ -103,6 +108,13 @@ def _heads_first(x_BLnH: Tensor) -> Tensor:
     if x_BnLH.device.type != "cpu":
         return x_BnLH
     return F.pad(x_BnLH.contiguous(), (0, -x_BnLH.shape[3] % (CPU_ALIGNMENT_BYTES // x_BnLH.itemsize)))
+
+
+def _mask_without_numbers(values: Tensor, like: Tensor) -> Tensor:
+    """On CUDA, what is added for a bool mask: torch makes it of numbers of the host, each a copy that waits."""
+    if values.dtype != torch.bool or like.device.type != "cuda":
+        return values
+    return torch.zeros_like(values, dtype=like.dtype).masked_fill_(~values, -torch.inf)
 
 
 def _tokens_first(out_BnLH: Tensor, width: int) -> Tensor:

@@ -175,7 +175,6 @@ OF_ATTENTION = (
         Operation(
             name=f"ulysses_attention, {name}",
             step=partial(attending, ulysses_attention, *given),
-            h2d=int(name in ("window", "bool mask", "padding")),
             same_kernels=False,
         )
         for name, given in OPTIONS.items()
