@@ -1,6 +1,7 @@
 """What ``sp_attention`` builds on besides the public names: the one door between the two packages. Not for users."""
 
 from .layer.share import expert_layers
+from .layout.on_device import copied_to
 from .layout.partition import check_count
 from .wire.agreement import BAD, Statement, digest
 from .wire.autocast import autocast_as_now, cast_to_autocast, without_autocast
@@ -30,6 +31,7 @@ __all__ = [
     "check_group",
     "check_is_group",
     "check_memory",
+    "copied_to",
     "copy_in_group",
     "device_for",
     "device_of",

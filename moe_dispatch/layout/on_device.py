@@ -13,7 +13,12 @@ def ints_on(values: Sequence[Any], device: torch.device | str) -> Tensor:
     device = torch.device(device)
     if device.type != "cuda" or torch.compiler.is_compiling():
         return torch.tensor(values, dtype=torch.int64, device=device)
-    return torch.tensor(values, dtype=torch.int64, device="cpu").pin_memory().to(device, non_blocking=True)
+    return copied_to(torch.tensor(values, dtype=torch.int64, device="cpu"), device)
+
+
+def copied_to(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on ``device``; for CUDA by pinned memory, as above."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 class Made:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..errors import DisagreementError
+from ..layout.on_device import copied_to
 from ..wire.agreement import BAD, Statement, who_says_what
 from ..wire.devices import device_of
 from ..wire.exchange import exchange_rows
@@ -100,7 +101,9 @@ def from_every_rank(
 ) -> list[Tensor]:
     """What each rank has, on the CPU, in rank order; ``counts`` says how much."""
     sent = [len(x_N)] * group.size()
-    return list(exchange_rows(x_N.to(device).repeat(group.size()), sent, counts, group).cpu().split(list(counts)))
+    return list(
+        exchange_rows(copied_to(x_N, device).repeat(group.size()), sent, counts, group).cpu().split(list(counts))
+    )
 
 
 def _first_difference(lines_P: Sequence[Mapping[str, str]], scope_P: Sequence[int]) -> str:

@@ -6,7 +6,7 @@ All of whole sequences, batch first, before anything is cut.
 import torch
 from torch import Tensor
 
-from moe_dispatch.internals import refuse_dtensors, unseen_by_policies
+from moe_dispatch.internals import copied_to, refuse_dtensors, unseen_by_policies
 
 from ..attend.documents import Documents
 from ..dtypes import is_integer
@@ -70,7 +70,7 @@ def document_of_place(
     document_L = torch.full((shape[1],), 0 if documents is None else -1, device="cpu")
     for number, (start, end) in enumerate(documents.spans if documents else ()):
         document_L[start:end] = number
-    document_BL = document_L.to(device).expand(shape)
+    document_BL = copied_to(document_L, device).expand(shape)
     return document_BL if mask.real_BL is None else document_BL.masked_fill(~mask.real_BL.to(device), -1)
 
 
@@ -82,4 +82,4 @@ def default_positions(length: int, documents: Documents | None, device: torch.de
     position_L = torch.zeros(length, dtype=torch.int64, device="cpu")
     for start, end in documents.spans:
         position_L[start:end] = torch.arange(end - start, device="cpu")
-    return position_L.to(device)
+    return copied_to(position_L, device)

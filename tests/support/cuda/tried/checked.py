@@ -23,7 +23,7 @@ HARMLESS = {
     "index_add at autograd": "a head of keys has two copies here, whose sum has no order; of more it has one",
     "index_add_ at layer/balance.py": "counts are whole numbers",
 }
-# What offload is for, index tensors of a gather, the counts of a plan.
+# What offload is for, the few numbers of a batch and of a table, the counts of a plan.
 IN_BACKGROUND = {"spread/waiting.py", "layout/on_device.py", "plan/host_copy.py"}
 
 
@@ -70,7 +70,7 @@ def check(operation: Operation, ranks: int, threads: RankThreads) -> list[Report
     for rank, (_, warm) in enumerate(both):
         waits = (warm.forward.d2h.total(), warm.backward.d2h.total())
         assert waits == operation.d2h, f"rank {rank} waits at {warm.forward.d2h} and {warm.backward.d2h}"
-        assert warm.forward.h2d.total() == operation.h2d, f"rank {rank} copies at {warm.forward.h2d}"
+        assert not warm.forward.h2d, f"rank {rank} copies in forward"
         assert {told.rpartition(":")[0] for told in warm.forward.background} <= IN_BACKGROUND
         assert not warm.backward.h2d, f"rank {rank} copies in backward"
         unexplained = (unordered(warm.forward) | unordered(warm.backward)) - set(HARMLESS)

@@ -196,7 +196,7 @@ OF_ATTENTION = (
         for name in ("gather", "ring")
     ),
     Operation(name="heads_from_tokens, tokens_from_heads", step=to_heads_and_back),
-    Operation(name="shard_batch", step=cutting, d2h=(8, 0), h2d=2),
+    Operation(name="shard_batch", step=cutting, d2h=(8, 0)),
     Operation(name="gather_outputs", step=outputs, d2h=(1, 0)),
     Operation(name="count_targets", step=counting, d2h=(1, 0)),
     Operation(name="mean_loss", step=partial(losses, mean_loss, ()), d2h=(1, 0)),

@@ -233,5 +233,5 @@ OF_EXPERTS = (
         name="MoE, counted, with shared experts", step=partial(layer, PLANNERS["counted"][0], True), d2h=(1, 0)
     ),
     Operation(name="sequence_balance_loss", step=balance_loss),
-    Operation(name="sum_gradients, clip_grad_norm", step=training_step, d2h=(1, 0), h2d=1),
+    Operation(name="sum_gradients, clip_grad_norm", step=training_step, d2h=(1, 0)),
 )

@@ -60,14 +60,12 @@ class Operation:
         name: as the table has it.
         step: of (rank, place); what it makes is made once.
         d2h: copies to the host that are promised, forward and backward.
-        h2d: copies from the host in forward; there is none in backward.
         same_kernels: whether the CPU runs the same kernels, so that results are the same bits.
     """
 
     name: str
     step: Callable[[int, Place], Step]
     d2h: tuple[int, int] = (0, 0)
-    h2d: int = 0
     same_kernels: bool = True
 
 
@@ -107,7 +105,7 @@ def passes(operation: Operation, rank: int, place: Place, between: Callable[[], 
     step = operation.step(rank, place)
     first = run_step(step, place, (MANY, MANY))
     between()
-    return first, run_step(step, place, (operation.d2h[0] + operation.h2d, operation.d2h[1]))
+    return first, run_step(step, place, operation.d2h)
 
 
 class HostPlace:
