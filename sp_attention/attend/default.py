@@ -13,6 +13,7 @@ from .blockwise import attend_in_blocks
 from .masks import MergedMask, with_lost_queries, without_padding
 
 CPU_ALIGNMENT_BYTES = 64
+MOST_IN_FLASH = 256  # width of a head
 # On the CPU what is not one call of torch's is computed in tiles of so many queries and keys, if it is more than one.
 # At 2048 tokens, a head of 64, forward and backward take 0.16 (window of 64), 0.16 (sinks), 0.4 (dropout) and 0.6
 # (padding, causal) of the time on whole tensors; in one tile of 512 x 512, 0.5 to 1.2.
@@ -74,6 +75,9 @@ def scaled_dot_product(
     q_BLnH, k_BLgH, v_BLgH, lost_BLn1 = without_padding(q_BLnH, k_BLgH, v_BLgH, key_padding_mask)
     factor = q_BLnH.shape[3] ** -0.5 if scale is None else scale  # before the width is padded
     q_BnLH, k_BgLH, v_BgLH = (_heads_first(x) for x in (q_BLnH, k_BLgH, v_BLgH))
+    widths = (q_BnLH.shape[3], v_BgLH.shape[3])
+    if not takes_groups(q_BnLH.device.type, q_BnLH.dtype, widths, is_masked=not is_plain):
+        k_BgLH, v_BgLH = (_for_each_query_head(x, q_BnLH.shape[1]) for x in (k_BgLH, v_BgLH))
     if is_plain:
         out_BnLH = F.scaled_dot_product_attention(
             q_BnLH, k_BgLH, v_BgLH, is_causal=is_causal, scale=factor, enable_gqa=True
@@ -96,6 +100,27 @@ def scaled_dot_product(
             out_BnLH = _softmax_by_hand(q_BnLH, k_BgLH, v_BgLH, mask, factor, sinks_n, dropout)
     out_BLnH = _tokens_first(out_BnLH.masked_fill(mask.closed, 0.0), v_BLgH.shape[3])
     return with_lost_queries(out_BLnH, lost_BLn1)
+
+
+def takes_groups(device_type: str, dtype: torch.dtype, widths: tuple[int, int], *, is_masked: bool) -> bool:
+    """Whether torch's attention takes fewer key/value heads than query heads without making all products.
+
+    On CUDA its flash kernel does, of 16 bits, for keys and values of one width up to 256, without a mask. What that
+    leaves goes to the memory-efficient kernel, which wants as many of both, or with ``enable_gqa`` to a computation
+    by parts, with (B, n, Lq, Lk) products in float32.
+
+    Args:
+        widths: H and Hv.
+    """
+    width, v_width = widths
+    in_flash = dtype in (torch.float16, torch.bfloat16) and width == v_width <= MOST_IN_FLASH and not is_masked
+    return device_type != "cuda" or in_flash
+
+
+def _for_each_query_head(x_BgLH: Tensor, heads: int) -> Tensor:
+    """(B, n, L, H). Backward sums over the copies of a head, low precision in float32, and rounds once."""
+    shared = heads // max(x_BgLH.shape[1], 1)
+    return x_BgLH if shared <= 1 else x_BgLH.unsqueeze(2).expand(-1, -1, shared, -1, -1).flatten(1, 2)
 
 
 def _heads_first(x_BLnH: Tensor) -> Tensor:

@@ -4,14 +4,17 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sp_attention import scaled_dot_product
 from sp_attention.attend import default
+from sp_attention.attend.masks import MergedMask
 from sp_attention.blocks.dropout import Dropout
 from sp_attention.reference import reference_attention
 from tests.support.compile import untraced
+from tests.support.live import LiveBytes
 from tests.support.tensors import TOLERANCE, difference
 
 
@@ -35,6 +38,86 @@ def test_the_lowest_number_of_a_wider_mask_is_a_no(dtype: torch.dtype, mask_dtyp
         found.append([out_BLnH, *torch.autograd.grad(out_BLnH.float().sum(), (q_BLnH, k_BLgH, v_BLgH))])
     assert all(torch.equal(low, minus_inf) for low, minus_inf in zip(*found, strict=True))
     assert not any(x.isnan().any() for x in found[0])
+
+
+# ---- what CUDA computes, on whole tensors --------------------------------------------------------------
+
+HALF, SINGLE = torch.bfloat16, torch.float32
+OF_FOUR: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "causal": {"is_causal": True},
+    "mask": {"attn_mask": torch.linspace(-2, 2, 30, dtype=torch.float64).view(1, 1, 5, 6)},
+    "window": {"window": (2, 0)},
+    "sinks": {"sinks_n": torch.tensor([0.5, -1.0, 2.0, 0.0]).double()},
+}
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "widths", "is_masked", "takes"),
+    [
+        ("cpu", SINGLE, (64, 32), True, True),
+        ("cuda", HALF, (64, 64), False, True),
+        ("cuda", torch.float16, (256, 256), False, True),
+        ("cuda", HALF, (64, 64), True, False),
+        ("cuda", SINGLE, (64, 64), False, False),
+        ("cuda", HALF, (64, 32), False, False),
+        ("cuda", HALF, (320, 320), False, False),
+    ],
+)
+def test_groups_are_for_kernels_that_take_them(
+    device: str, dtype: torch.dtype, widths: tuple[int, int], is_masked: bool, takes: bool
+) -> None:
+    assert default.takes_groups(device, dtype, widths, is_masked=is_masked) == takes
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("name", OF_FOUR)
+def test_a_head_for_each_query_head_is_the_same_attention(
+    monkeypatch: pytest.MonkeyPatch, name: str, groups: int
+) -> None:
+    """Gradients too, which are those of the groups."""
+    seen: list[tuple[int, ...]] = []
+    attention = F.scaled_dot_product_attention
+
+    def look(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        seen.extend([k.shape, v.shape])
+        return attention(q, k, v, **options)
+
+    def none_takes(*_: object, is_masked: bool) -> bool:
+        return False
+
+    monkeypatch.setattr(default, "takes_groups", none_takes)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", look)
+    draw = torch.Generator().manual_seed(0)
+    shapes = ((5, 4, 6), (6, groups, 6), (6, groups, 4))
+    whole = [torch.randn(2, *shape, generator=draw, dtype=torch.float64) for shape in shapes]
+    grad = torch.randn(2, 5, 4, 4, generator=draw, dtype=torch.float64)
+    options, of_reference = OF_FOUR[name], {key.replace("_n", "_N"): value for key, value in OF_FOUR[name].items()}
+    answers = []
+    for attend, given in ((scaled_dot_product, options), (reference_attention, of_reference)):
+        leaves = [x.clone().requires_grad_() for x in whole]
+        out = attend(*leaves, **given)
+        answers.append([out.detach(), *torch.autograd.grad(out, leaves, grad)])
+    assert max(map(difference, *answers)) < TOLERANCE
+    assert [shape[1] for shape in seen] == [4, 4] * (name != "sinks")
+
+
+@pytest.mark.parametrize(
+    ("bytes_per_pair", "options"),
+    [
+        (2.1, {"is_causal": True, "window": (50, -1)}),
+        (4.1, {"key_padding_mask": torch.ones(2, 600, dtype=torch.bool)}),
+        (3.1, {"attn_mask": torch.ones(1, 1, 500, 600, dtype=torch.bool)}),
+        (10.1, {"attn_mask": torch.zeros(1, 1, 500, 600)}),
+    ],
+)
+def test_masks_are_made_of_bools(bytes_per_pair: float, options: dict[str, Any]) -> None:
+    """Bytes that are there at once, per pair of a query and a key: no ints of 8 bytes for each."""
+    given = {"is_causal": False, "window": None, "attn_mask": None, "key_padding_mask": None} | options
+    with LiveBytes() as live:
+        mask = MergedMask.of((500, 600), like=torch.zeros(1), **given)
+    assert live.most <= bytes_per_pair * 500 * 600
+    assert mask.values.shape[-2:] == (500, 600)
 
 
 # ---- long sequences, in tiles --------------------------------------------------------------------------
