@@ -1,5 +1,7 @@
 """The tokens of all ranks, one rank after the other, as a gather over the ranks delivers them."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -26,3 +28,9 @@ def stacked_tokens(sharding: TokenSharding, device: torch.device | str) -> Tenso
     if sharding.order == "BL":
         return (row_G + outer_G) * sharding.seq.total + sharding.places.place(place_G + inner_G)
     return sharding.places.place(place_G + outer_G) * sharding.batch.total + row_G + inner_G
+
+
+def rows_of_tokens(sharding: TokenSharding, starts: Sequence[int], device: torch.device | str) -> Tensor:
+    """(B * L,) where each global token is, if the tokens of each rank begin at ``starts``; all tokens are held."""
+    rank_T, local_T = sharding.locate(torch.arange(sharding.num_tokens, device=device))
+    return ints_on(starts, device)[rank_T] + local_T

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ...wire.exchange import FinishedExchange, PendingExchange, start_exchange
+from ...wire.exchange import FinishedExchange, PendingExchange, copies_sent, start_gather
 from .format import STEP
 from .group_tokens import GroupTokens
 
@@ -30,12 +30,13 @@ class IdsExchange:
             id_tK: (t, K), an expert id plus one, or 0 for "no expert"; anything where ``word`` is no digest.
             word: () int64, ``tokens.expected``, or what tells of a problem.
         """
-        ranks, num_tokens, num_choices, ids = group.size(), *id_tK.shape, tokens.id_format
-        message_PW = torch.zeros(ranks, ids.message_steps(num_tokens), dtype=STEP, device=id_tK.device)
-        message_PW[:, 0] = word
-        message_PW[:, 1:].view(ids.dtype).view(ranks, num_tokens, ids.ids_of_token)[:, :, :num_choices] = id_tK
-        sent = (message_PW.shape[1],) * ranks
-        return cls(start_exchange(message_PW.view(-1), sent, tokens.message_steps, group), tokens)
+        (num_tokens, num_choices), ids = id_tK.shape, tokens.id_format
+        device, copies = id_tK.device, copies_sent(tokens.message_steps, id_tK.device.type)
+        message_CW = torch.zeros(copies, ids.sent_steps(num_tokens, device.type), dtype=STEP, device=device)
+        message_CW[:, 0] = word
+        id_CI = message_CW[:, 1 : ids.message_steps(num_tokens)].view(ids.dtype)
+        id_CI.view(copies, num_tokens, ids.ids_of_token)[:, :, :num_choices] = id_tK
+        return cls(start_gather(message_CW, tokens.message_steps, group), tokens)
 
     @classmethod
     def refuse(

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 STEP = torch.int32  # of words and of ids; a message takes at most 2 K + 8 bytes for each token and rank
+VECTOR_STEPS = 4
 ID_DTYPES = (torch.int64, torch.int32)  # of ids as callers pass them
 MOST_EXPERTS = 32766  # an id plus one fits in an int16, which gloo carries as bytes
 
@@ -41,6 +42,11 @@ class IdFormat:
         """Steps of the message of a rank with this many tokens, its word included."""
         return 1 + tokens * self.steps
 
+    def sent_steps(self, tokens: int, device_type: str) -> int:
+        """The same as it is sent: on CUDA whole vectors of 16 bytes, so that every rank's message starts at one."""
+        steps = self.message_steps(tokens)
+        return -(-steps // VECTOR_STEPS) * VECTOR_STEPS if device_type == "cuda" else steps
+
     def message_bytes(self, tokens: int) -> int:
-        """The same in bytes."""
+        """:meth:`message_steps` in bytes."""
         return STEP.itemsize * self.message_steps(tokens)

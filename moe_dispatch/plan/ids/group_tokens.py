@@ -12,6 +12,7 @@ from ...layout.partition import Partition
 from ...layout.sharding import TokenSharding
 from ...layout.stacked import stacked_ranks, stacked_tokens
 from ...wire.agreement import digest
+from ...wire.exchange import gathered_starts
 from .format import IdFormat
 
 
@@ -79,11 +80,16 @@ class GroupTokens:
         rank_of_peer = (*(r for r in range(sharding.num_ranks) if r != rank), rank)
         rank_of_peer_P = ints_on(rank_of_peer, device)
         peer_of_rank_P = rank_of_peer_P.argsort()
-        sizes, starts = sharding.local_sizes, sharding.local_starts
+        sizes = sharding.local_sizes
+        message_steps = tuple(id_format.sent_steps(size, device.type) for size in sizes)
         rank_of_G = stacked_ranks(sharding, device)
         stacked_of_G = peer_of_rank_P[rank_of_G].argsort(stable=True)
-        # Before a token's ids: the ids of the tokens before it, and the words of the ranks up to its own.
-        first_step_G = torch.arange(len(rank_of_G), device=device) * steps + rank_of_G + 1
+        # Of each rank: where its message begins, and its first token. Before a token's ids: its rank's word, and the
+        # ids of the rank's tokens before it.
+        begins = zip(gathered_starts(message_steps, device.type), sharding.local_starts, strict=True)
+        begins_P2 = ints_on(list(begins), device)
+        message_G, start_G = begins_P2.index_select(0, rank_of_G).unbind(1)
+        first_step_G = message_G + 1 + (torch.arange(len(rank_of_G), device=device) - start_G) * steps
         step_of_ids_GS = first_step_G[stacked_of_G].unsqueeze(1) + torch.arange(steps, device=device)
         expert_E = torch.arange(experts.total, device=device)
         first, num_mine = experts.offsets[rank], experts.sizes[rank]
@@ -96,11 +102,11 @@ class GroupTokens:
             num_experts=experts.total,
             num_tokens=sharding.num_tokens,
             id_format=id_format,
-            message_steps=tuple(map(id_format.message_steps, sizes)),
+            message_steps=message_steps,
             rank_of_peer_P=rank_of_peer_P,
             peer_of_id_E=torch.cat([expert_E.new_zeros(1), peer_of_rank_P[experts.owner(expert_E)] + 1]),
             mine_of_id_E=torch.cat([expert_E.new_zeros(1), mine_E * (expert_E - first + 1)]),
-            step_of_word_P=ints_on([start * steps + r for r, start in enumerate(starts)], device),
+            step_of_word_P=begins_P2[:, 0].contiguous(),
             step_of_ids_GS=step_of_ids_GS.flatten(),
             token_of_G=stacked_tokens(sharding, device)[stacked_of_G],
             peer_of_G=peer_of_rank_P[rank_of_G[stacked_of_G]],
