@@ -12,6 +12,7 @@ from tests.support.cuda.tried.operations import OPERATIONS, RANKS
 PLANS = [operation for operation in OPERATIONS if operation.name.startswith(("plan_", "place_tokens"))]
 
 
+@pytest.mark.usefixtures("uncovered")
 @pytest.mark.parametrize("operation", PLANS, ids=lambda operation: operation.name)
 def test_what_is_kept_is_made_of_numbers_that_nobody_waits_for(operation: Operation) -> None:
     def case(rank: int, gpu: FakeGpu) -> None:

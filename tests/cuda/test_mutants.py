@@ -134,6 +134,7 @@ MUTANTS = {
 }
 
 
+@pytest.mark.usefixtures("uncovered")
 @pytest.mark.parametrize(
     "operation",
     {each.operation.name: each.operation for each in MUTANTS.values()}.values(),
@@ -143,6 +144,7 @@ def test_the_library_itself_passes(operation: Operation, rank_threads: RankThrea
     check(operation, RANKS, rank_threads)
 
 
+@pytest.mark.usefixtures("uncovered")
 @pytest.mark.parametrize("mutant", MUTANTS.values(), ids=MUTANTS)
 def test_a_mutant_is_caught(mutant: Mutant, rank_threads: RankThreads) -> None:
     with (
