@@ -17,10 +17,11 @@ from ..desk.names import chosen_names
 from ..desk.output import check_output
 from ..desk.packaged import find_config
 from ..desk.provenance import provenance
-from .config import BenchConfig, WorkloadConfig, load_bench
+from .config import BenchConfig, PlanOfManyConfig, WorkloadConfig, load_bench
 from .contenders.named import find_adapter
 from .measure import measure
 from .memory import ALLOCATOR
+from .one_of_many import measure_plans
 from .report import Setting, print_bench, write_bench
 from .results import WorkloadResult, largest
 
@@ -119,11 +120,15 @@ def prepare(arguments: argparse.Namespace) -> Job:
 
 
 def run_workload(workload: WorkloadConfig, job: Job) -> WorkloadResult:
-    """One workload on fresh ranks, which all have the allocator settings of :data:`ALLOCATOR`."""
-    given = (workload, job.adapter, job.repeat, job.profile)
+    """One workload on fresh ranks, which all have the allocator settings of :data:`ALLOCATOR`. Of a plan of many
+    there is one rank."""
     with environment(dict((*ALLOCATOR, *QUIET))), RankPool() as pool:
         try:
-            of_ranks = pool.run(measure, workload.ranks, *given, timeout=job.timeout)
+            if isinstance(workload, PlanOfManyConfig):
+                of_ranks = pool.run(measure_plans, 1, workload, job.repeat, timeout=job.timeout)
+            else:
+                given = (workload, job.adapter, job.repeat, job.profile)
+                of_ranks = pool.run(measure, workload.ranks, *given, timeout=job.timeout)
         except RankError as error:
             return WorkloadResult(name=workload.name, kind=workload.kind, shape=workload.shape, error=str(error))
     return WorkloadResult(

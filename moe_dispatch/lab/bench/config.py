@@ -12,6 +12,7 @@ from ...plan.ids.format import MOST_EXPERTS
 from ..desk.config_file import STRICT, checked, read_toml, refusal
 
 MOST_RANKS = 64  # processes of this machine, 0.3 GB each
+MOST_PLANNED_RANKS = 4096  # of which one is there
 MOST_WIDTH = 2**20
 MOST_TOKENS = 2**31
 Dtype = Literal["bfloat16", "float16", "float32", "float64"]
@@ -48,11 +49,8 @@ class DispatchConfig:
         return sizes + (f", {self.turns} turns a repetition" if self.turns > 1 else "")
 
     def problem(self) -> str:
-        if self.top_k > self.experts:
-            return (
-                f"top_k is {self.top_k}, of {self.experts} experts; a token chooses as many different ones or fewer"
-            )
-        return _problem_of_sizes("tokens", self.tokens_per_rank, self.ranks)
+        problem = _problem_of_choices(self.top_k, self.experts)
+        return problem or _problem_of_sizes("tokens", self.tokens_per_rank, self.ranks)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
@@ -116,12 +114,35 @@ class AttentionConfig(HeadsConfig):
         return f", causal, window {self.window}" if self.window >= 0 else ", causal"
 
 
-WorkloadConfig = DispatchConfig | UlyssesConfig | AttentionConfig
+@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
+class PlanOfManyConfig:
+    """A plan on one rank of many, in one process: ``tokens`` on each rank, experts dealt as evenly as can be."""
+
+    name: str = Field(min_length=1, examples=['"a"'])
+    ranks: int = Field(ge=2, le=MOST_PLANNED_RANKS, examples=[1024])
+    tokens: int = Field(ge=1, le=MOST_WIDTH, examples=[4096])
+    experts: int = Field(ge=1, le=MOST_EXPERTS, examples=[256])
+    top_k: int = Field(ge=1, le=MOST_EXPERTS, examples=[8])
+
+    @property
+    def kind(self) -> str:
+        return "plan"
+
+    @property
+    def shape(self) -> str:
+        return f"one rank of {self.ranks}, tokens {self.tokens} each, E {self.experts}, K {self.top_k}"
+
+    def problem(self) -> str:
+        return _problem_of_choices(self.top_k, self.experts)
+
+
+ExchangeConfig = DispatchConfig | UlyssesConfig | AttentionConfig  # on ranks that are all there
+WorkloadConfig = ExchangeConfig | PlanOfManyConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
 class BenchConfig:
-    """``[[dispatch]]``, ``[[ulysses]]`` and ``[[attention]]`` tables, at least one."""
+    """``[[dispatch]]``, ``[[ulysses]]``, ``[[attention]]`` and ``[[plan]]`` tables, at least one."""
 
     dispatch: tuple[DispatchConfig, ...] = Field(
         default=(), description="a list of tables", examples=["[[dispatch]]"]
@@ -130,10 +151,11 @@ class BenchConfig:
     attention: tuple[AttentionConfig, ...] = Field(
         default=(), description="a list of tables", examples=["[[attention]]"]
     )
+    plan: tuple[PlanOfManyConfig, ...] = Field(default=(), description="a list of tables", examples=["[[plan]]"])
 
     @property
     def workloads(self) -> tuple[WorkloadConfig, ...]:
-        return (*self.dispatch, *self.ulysses, *self.attention)
+        return (*self.dispatch, *self.ulysses, *self.attention, *self.plan)
 
 
 def load_bench(path: Path) -> BenchConfig:
@@ -155,10 +177,16 @@ def _broken_rules(config: BenchConfig) -> list[str]:
             problems.append(f'two workloads are named "{name}"; name each once')
     if not config.workloads:
         problems.append(
-            "it has no workload; add a [[dispatch]], [[ulysses]] or [[attention]] table, as the files of "
+            "it has no workload; add a [[dispatch]], [[ulysses]], [[attention]] or [[plan]] table, as the files of "
             "configs/bench/ have them"
         )
     return problems
+
+
+def _problem_of_choices(top_k: int, experts: int) -> str:
+    if top_k <= experts:
+        return ""
+    return f"top_k is {top_k}, of {experts} experts; a token chooses as many different ones or fewer"
 
 
 def _problem_of_sizes(key: str, sizes: tuple[int, ...], ranks: int) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...testing.counting import Counts, counting, run_backward
 from ...wire.exchange import check_is_group
-from .config import WorkloadConfig
+from .config import ExchangeConfig
 from .contenders.floor import Floor, floors_of
 from .contenders.named import contenders_of
 from .contenders.protocol import Made, NotApplicable
@@ -59,7 +59,7 @@ class Times:
 
 
 def measure(
-    rank: int, config: WorkloadConfig, adapter: str, repeat: int, profile: bool
+    rank: int, config: ExchangeConfig, adapter: str, repeat: int, profile: bool
 ) -> tuple[list[Line], tuple[str, ...]]:
     """This rank's lines, and the allocator settings it was started with. Every rank of the default group calls it."""
     gc.collect()
@@ -71,7 +71,7 @@ def measure(
 
 
 def _measure(
-    rank: int, config: WorkloadConfig, adapter: str, repeat: int, profile: bool
+    rank: int, config: ExchangeConfig, adapter: str, repeat: int, profile: bool
 ) -> tuple[list[Line], tuple[str, ...]]:
     group = check_is_group(dist.group.WORLD)
     workload = workload_of(config)

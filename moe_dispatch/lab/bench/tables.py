@@ -17,6 +17,7 @@ OF_ATTENTION = (
     "forward\nms", "x\nfloor", "fwd + bwd\nms", "x\nfloor", "core ms\na rank", "fullest\nrank",
     "sent by all\nMB", "collec-\ntives", "kept\nMB", "peak\nMB",
 )  # fmt: skip
+OF_PLANS = ("plan\nms", "and rows\nms", "first\nms", "received\nMB")
 FIRST_TO_GO = (
     "host\nsyncs", "peak\nMB", "collectives", "collec-\ntives", "kept\nMB", "wire\nMB", "forward\nms",
     "fwd + bwd\nms", "sent by all\nMB", "core ms\na rank",
@@ -26,13 +27,16 @@ Cells = Callable[[WorkloadResult, Line], Iterator[str]]
 
 
 def tables_of(results: Sequence[WorkloadResult]) -> Iterator[FittingTable]:
-    """One for exchanges and one for attention, of those that there are."""
+    """One for exchanges, one for attention and one for plans of many ranks, of those that there are."""
     attention = [result for result in results if result.kind == "attention"]
-    exchanges = [result for result in results if result.kind != "attention"]
+    plans = [result for result in results if result.kind == "plan"]
+    exchanges = [result for result in results if result.kind not in ("attention", "plan")]
     if exchanges:
         yield _table(exchanges, OF_EXCHANGES, _cells_of_exchange)
     if attention:
         yield _table(attention, OF_ATTENTION, _cells_of_attention)
+    if plans:
+        yield _table(plans, OF_PLANS, _cells_of_plan)
 
 
 def phase_table(result: WorkloadResult) -> FittingTable:
@@ -90,6 +94,13 @@ def _cells_of_attention(result: WorkloadResult, line: Line) -> Iterator[str]:
         yield _pair(line.forward, line.backward, "collectives")
         yield _megabytes(line.kept_bytes)
         yield _megabytes(line.peak_bytes)
+
+
+def _cells_of_plan(_: WorkloadResult, line: Line) -> Iterator[str]:
+    for times in (line.forward_ms, line.both_ms, *line.processor_ms):
+        yield f"{_milliseconds(median(times))} ({_milliseconds(min(times))})"
+    if line.forward:
+        yield _megabytes(line.forward.wire_bytes)
 
 
 def _milliseconds(number: float) -> str:

@@ -1,6 +1,7 @@
-"""Every kind of plan on 16 and 64 ranks: rows bit for bit, outputs and every gradient as in the dense layer."""
+"""Every kind of plan on 16, 64 and 256 ranks: rows bit for bit, outputs and every gradient as in the dense layer."""
 
 from functools import cache
+from itertools import product
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from tests.support.dispatch.plans import Kind, enough, planning
 
 pytestmark = pytest.mark.usefixtures("uncovered")
 
-SIZES = (16, 64)
+SIZES = (16, 64, 256)
+ALL_KINDS: tuple[Kind, ...] = ("by ids", "by counts", "static", "hierarchical")
 
 
 def make(name: str, ranks: int) -> Case:
@@ -71,18 +73,23 @@ def run_case(
     return failures_of(case, found)
 
 
-def every_size_and_name() -> list[object]:
-    """A case of 64 ranks takes a second: half of them are for the sweep."""
-    marks = {(64, name): [pytest.mark.sweep] for name in NAMES[1::2]}
-    return [pytest.param(ranks, name, marks=marks.get((ranks, name), [])) for ranks in SIZES for name in NAMES]
+def every_case() -> list[object]:
+    """A case of 64 ranks takes half a second, and one of 256 five: half of the first, and all of the others, are for
+    the sweep. So are ids sent to 64 ranks."""
+
+    def is_long(kind: Kind, ranks: int, name: str) -> bool:
+        return ranks == 256 or (ranks == 64 and (kind == "by ids" or name in NAMES[1::2]))
+
+    return [
+        pytest.param(*case, marks=[pytest.mark.sweep] * is_long(*case)) for case in product(ALL_KINDS, SIZES, NAMES)
+    ]
 
 
-@pytest.mark.parametrize("kind", ["by ids", "by counts", "static", "hierarchical"])
-@pytest.mark.parametrize(("ranks", "name"), every_size_and_name())
-def test_every_plan_equals_the_dense_layer(rank_threads: RankThreads, ranks: int, kind: Kind, name: str) -> None:
+@pytest.mark.parametrize(("kind", "ranks", "name"), every_case())
+def test_every_plan_equals_the_dense_layer(rank_threads: RankThreads, kind: Kind, ranks: int, name: str) -> None:
     case, answer = answered(name, ranks)
     assert case.layout.ranks == len(case.experts) == ranks
     turn = NAMES.index(name) % 2 == 0  # at 64 ranks, 0.7 s each
     in_combine = (True, False) if ranks < 64 else (turn,)
-    found = rank_threads.run(run_case, ranks, kind, enough(case), in_combine, case, answer)
+    found = rank_threads.run(run_case, ranks, kind, enough(case), in_combine, case, answer, timeout=300)
     assert found == [[]] * ranks

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch.distributed as dist
 
 from .... import TokenSharding
-from ..config import AttentionConfig, DispatchConfig, WorkloadConfig
+from ..config import AttentionConfig, DispatchConfig, ExchangeConfig
 from ..contenders.protocol import Made
 from .attention import AttentionWorkload
 from .case import Case
@@ -16,7 +16,7 @@ from .ulysses import UlyssesWorkload
 Workload = DispatchWorkload | UlyssesWorkload | AttentionWorkload
 
 
-def workload_of(config: WorkloadConfig) -> Workload:
+def workload_of(config: ExchangeConfig) -> Workload:
     """What its tables say, as values that every rank has."""
     if isinstance(config, DispatchConfig):
         return DispatchWorkload.of(config)

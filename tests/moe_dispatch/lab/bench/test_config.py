@@ -75,7 +75,7 @@ def test_a_config_that_cannot_be_used_is_told_with_its_key(tmp_path: Path, text:
 
 def test_the_configs_of_the_project_load() -> None:
     names = [workload.name for workload in load_bench(CONFIGS / "bench" / "bench.toml").workloads]
-    assert names == ["a", "b", "c", "a, Zipf", "a, uneven", "d", "e", "d, uneven"]
+    assert names == ["a", "b", "c", "a, Zipf", "a, uneven", "d", "e", "d, uneven", "1024 ranks"]
     shapes = [workload.shape for workload in load_bench(CONFIGS / "bench" / "attention.toml").workloads]
     of_all = "4 ranks, B 1, S {}, N 16, G 4, H 64, float32, causal"
     assert shapes == [of_all.format(4096), of_all.format(8192), of_all.format(4096) + ", window 256"]

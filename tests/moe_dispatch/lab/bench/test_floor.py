@@ -3,7 +3,7 @@
 import torch
 import torch.distributed as dist
 
-from moe_dispatch.lab.bench.config import DispatchConfig, UlyssesConfig, WorkloadConfig
+from moe_dispatch.lab.bench.config import DispatchConfig, ExchangeConfig, UlyssesConfig
 from moe_dispatch.lab.bench.contenders.floor import floors_of, rows_between
 from moe_dispatch.lab.bench.workloads.dispatch import DispatchWorkload
 from moe_dispatch.lab.bench.workloads.of_config import workload_of
@@ -36,7 +36,7 @@ def test_floor_rows_are_those_that_the_choices_name() -> None:
         assert once == [sum(any(e // 2 == rank for e in token) for token in tokens) for rank in range(2)]
 
 
-def floor_bytes(config: WorkloadConfig) -> dict[str, int]:
+def floor_bytes(config: ExchangeConfig) -> dict[str, int]:
     group = dist.group.WORLD
     assert group is not None
     workload = workload_of(config)

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from moe_dispatch.lab.bench.config import WorkloadConfig
+from moe_dispatch.lab.bench.config import ExchangeConfig
 from moe_dispatch.lab.bench.contenders.floor import rows_between
 from moe_dispatch.lab.bench.contenders.named import contenders_of
 from moe_dispatch.lab.bench.workloads.dispatch import DispatchWorkload
@@ -14,7 +14,7 @@ from moe_dispatch.testing.counting import Counts, counting, run_backward
 from tests.support.lab.bench_workloads import ROUTED, TINY
 
 
-def counts_of_layer(name: str, config: WorkloadConfig) -> tuple[Counts, Counts]:
+def counts_of_layer(name: str, config: ExchangeConfig) -> tuple[Counts, Counts]:
     """What the forward and the backward of one contender do on this rank."""
     group = dist.group.WORLD
     assert group is not None
