@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from .report import AUTOGRAD, Report, line
 from .rules import CHECKED, INDEXED, ORDERED, VIEWS, is_unordered, poison, refused, short, waits
+from .tiles import kernels
 
 CUDA = torch.device("cuda", 0)
 # When the bytes of a collective move: as soon as it is started, or only when somebody waits for it. On a device it is
@@ -107,6 +108,7 @@ class FakeGpu(TorchDispatchMode):
         self.schedule: Schedule = schedule
         self._report = Report()
         self.stream = CudaStream()
+        self._kernels = kernels()  # that the CPU does not have
         self.arriving: list[tuple[Tensor, Tensor]] = []  # pinned memory of the host, and what will be in it
 
     def tensor(self, x: Tensor) -> Tensor:
@@ -182,7 +184,7 @@ class FakeGpu(TorchDispatchMode):
             kwargs["device"] = torch.device("cpu")
         if name in CHECKED:
             self._look_at_values(name, func, args, kwargs)
-        out = func(*args, **kwargs)
+        out = (self._kernels.get(func.name()) or func)(*args, **kwargs)
         if isinstance(out, Tensor):
             poison(name, out, args, kwargs)
             if self.arriving and out is self.arriving[-1][0]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moe_dispatch.testing import RankThreads
-from tests.support.tensors import TOLERANCE, difference
+from tests.support.tensors import difference
 
 from ..device import FakeGpu
 from ..ranks import results_on_cuda
@@ -27,16 +27,16 @@ HARMLESS = {
 IN_BACKGROUND = {"spread/waiting.py", "layout/on_device.py", "plan/host_copy.py"}
 
 
-def unlike(got: Tensor, wanted: Tensor, same_kernels: bool) -> bool:
-    if same_kernels or not wanted.is_floating_point():
+def unlike(got: Tensor, wanted: Tensor, tolerance: float) -> bool:
+    if not tolerance or not wanted.is_floating_point():
         return got.dtype != wanted.dtype or not torch.equal(got, wanted)
-    return difference(got, wanted) > TOLERANCE
+    return difference(got, wanted) > tolerance
 
 
 def check_values(operation: Operation, got: Sequence[Pass], wanted: Sequence[Pass]) -> None:
     for rank, (mine, right) in enumerate(zip(got, wanted, strict=True)):
         for number, (value, right_value) in enumerate(zip(mine.values, right.values, strict=True)):
-            assert not unlike(value, right_value, operation.same_kernels), f"rank {rank}, tensor {number}"
+            assert not unlike(value, right_value, operation.tolerance), f"rank {rank}, tensor {number}"
 
 
 def unordered(report: Report) -> set[str]:

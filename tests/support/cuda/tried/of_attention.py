@@ -25,6 +25,7 @@ from sp_attention import (
 )
 from tests.support.latent import TURNED, WIDE, expand
 from tests.support.ranks import world
+from tests.support.tensors import TOLERANCE
 
 from .of_experts import TOKENS, of_ranks
 from .operation import Operation, Place, Step
@@ -85,16 +86,28 @@ def _real() -> Tensor:
     return real_BL
 
 
-def attending(attention: Callable[..., Tensor], rows: int, options: Options, rank: int, place: Place) -> Step:
-    q, k, v = (place.tensor(drawn(rank, heads, WIDTH, rows=rows)) for heads in (HEADS, KV_HEADS, KV_HEADS))
+def attending(
+    attention: Callable[..., Tensor],
+    rows: int,
+    options: Options,
+    rank: int,
+    place: Place,
+    dtype: torch.dtype = torch.float64,
+) -> Step:
+    q, k, v = (
+        place.tensor(drawn(rank, heads, WIDTH, rows=rows).detach().to(dtype).requires_grad_())
+        for heads in (HEADS, KV_HEADS, KV_HEADS)
+    )
     given, sharding = options(place), tokens_of_ranks(rows)
     learned = [x for x in given.values() if isinstance(x, Tensor) and x.requires_grad]
     return Step(lambda: [attention(q, k, v, sharding=sharding, group=world(), **given)], (q, k, v, *learned))
 
 
-def attending_in_scheme(name: str, rank: int, place: Place) -> Step:
+def attending_in_scheme(
+    name: str, rank: int, place: Place, *, option: str = "causal", dtype: torch.dtype = torch.float64
+) -> Step:
     attention = partial(attention_over_ranks, scheme=SCHEMES[name](world().size()))
-    return attending(attention, *OPTIONS["causal"], rank, place)
+    return attending(attention, *OPTIONS[option], rank, place, dtype)
 
 
 def attending_by_latents(name: str, rank: int, place: Place) -> Step:
@@ -175,7 +188,7 @@ OF_ATTENTION = (
         Operation(
             name=f"ulysses_attention, {name}",
             step=partial(attending, ulysses_attention, *given),
-            same_kernels=False,
+            tolerance=TOLERANCE,
         )
         for name, given in OPTIONS.items()
     ),
@@ -183,15 +196,25 @@ OF_ATTENTION = (
         Operation(
             name=f"attention_over_ranks, {name}",
             step=partial(attending_in_scheme, name),
-            same_kernels=False,
+            tolerance=TOLERANCE,
         )
         for name in SCHEMES
+    ),
+    Operation(
+        name="attention_over_ranks, gather, padding, float32",
+        step=partial(attending_in_scheme, "gather", option="padding", dtype=torch.float32),
+        tolerance=1e-5,
+    ),
+    Operation(
+        name="attention_over_ranks, ring, bfloat16",
+        step=partial(attending_in_scheme, "ring", dtype=torch.bfloat16),
+        tolerance=0.03,
     ),
     *(
         Operation(
             name=f"latent_attention_over_ranks, {name}",
             step=partial(attending_by_latents, name),
-            same_kernels=False,
+            tolerance=TOLERANCE,
         )
         for name in ("gather", "ring")
     ),

@@ -60,13 +60,13 @@ class Operation:
         name: as the table has it.
         step: of (rank, place); what it makes is made once.
         d2h: copies to the host that are promised, forward and backward.
-        same_kernels: whether the CPU runs the same kernels, so that results are the same bits.
+        tolerance: how far results may be from the CPU's; 0 where it runs the same kernels, so that bits are the same.
     """
 
     name: str
     step: Callable[[int, Place], Step]
     d2h: tuple[int, int] = (0, 0)
-    same_kernels: bool = True
+    tolerance: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
