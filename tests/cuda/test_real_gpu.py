@@ -53,3 +53,20 @@ def test_without_a_gpu_the_run_ends_and_is_no_pass() -> None:
         number_of_gpus()
     assert ended.value.returncode == NO_GPU
     assert str(ended.value) == "there is no CUDA device on this machine, so nothing was tested on one"
+
+
+def host(rank: int) -> HostPlace:
+    return HostPlace()
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_the_same_processes_run_on_the_cpu(ranks: int, rank_threads: RankThreads) -> None:
+    """With gloo: whatever the number of devices, each operation has a case of so many ranks."""
+    found = in_processes(ranks, "gloo", host)
+    for operation in OPERATIONS:
+
+        def on_the_host(rank: int, operation: Operation = operation) -> tuple[Pass, Pass]:
+            return passes(operation, rank, HostPlace())
+
+        check(operation, rank_threads.run(on_the_host, ranks), found)

@@ -31,7 +31,7 @@ def gathering(rank: int, place: Place) -> Step:
 
 def gathering_evenly(rank: int, place: Place) -> Step:
     """One message of a rank to all."""
-    sharding = TokenSharding(batch=2, seq=Partition.even(8, dist.get_world_size()))
+    sharding = TokenSharding(batch=2, seq=Partition.even(2 * dist.get_world_size(), dist.get_world_size()))
     draw = torch.Generator().manual_seed(rank)
     x = place.tensor(torch.randn(*sharding.local_shape(rank), DIM, generator=draw).requires_grad_())
     return Step(lambda: [gather_tokens(x, sharding=sharding, group=world())], (x,))
@@ -40,10 +40,12 @@ def gathering_evenly(rank: int, place: Place) -> Step:
 def planning_evenly(rank: int, place: Place) -> Step:
     """The same of ids."""
     ranks = dist.get_world_size()
-    sharding, experts = TokenSharding(batch=2, seq=Partition.even(8, ranks)), Partition.even(2 * ranks, ranks)
+    sharding, experts = TokenSharding(batch=2, seq=Partition.even(2 * ranks, ranks)), Partition.even(2 * ranks, ranks)
     ids = place.tensor(torch.arange(12).view(*sharding.local_shape(rank), 3) * (rank + 1) % (2 * ranks))
     call = {"dim": DIM, "sharding": sharding, "experts": experts, "group": world()}
-    return Step(lambda: [plan_static(ids, sizes=StaticSizes(rows_per_pair=12, rows=48), **call).rows_per_expert_e])
+    return Step(
+        lambda: [plan_static(ids, sizes=StaticSizes(rows_per_pair=12, rows=12 * ranks), **call).rows_per_expert_e]
+    )
 
 
 def placing(rank: int, place: Place) -> Step:
