@@ -26,7 +26,8 @@ class CountsFacts:
         num_mine: experts of this rank.
         id_format: how ids travel.
         message_steps: of 4 bytes, from each rank to each.
-        peer_of_rank_P1: and of "no rank", which is behind the last.
+        rank_P1: all ranks, and "no rank", which is behind the last.
+        peer_of_rank_P1: of each, and the number of ranks for "no rank".
         rank_of_id_E1: rank of each expert, by id plus one; "no rank" for "no expert".
         mine_of_id_E1: 1 + number of each expert among this rank's; 0 for all others.
         step_of_id_E1: where choices of each expert are counted among all messages, by id plus one; those of "no
@@ -42,6 +43,7 @@ class CountsFacts:
     num_mine: int
     id_format: IdFormat
     message_steps: int
+    rank_P1: Tensor
     peer_of_rank_P1: Tensor
     rank_of_id_E1: Tensor
     mine_of_id_E1: Tensor
@@ -90,6 +92,7 @@ class CountsFacts:
             num_mine=experts.sizes[rank],
             id_format=IdFormat.of(num_choices, experts.total),
             message_steps=steps,
+            rank_P1=rank_P1,
             peer_of_rank_P1=peer_of_rank_P1.index_fill_(0, rank_P1[-1:], ranks),
             rank_of_id_E1=torch.cat([rank_P1[-1:], rank_of_expert_E]),
             mine_of_id_E1=torch.cat([expert_E.new_zeros(1), mine_of_expert_E]),

@@ -31,9 +31,10 @@ class CountsExchange:
             word: () int64, ``facts.expected``, or what tells of a problem.
         """
         id_tK = id_tK.flatten()
-        choices_E1 = id_tK.new_zeros(facts.num_experts + 1).scatter_add_(0, id_tK, torch.ones_like(id_tK))
+        choices_E1 = id_tK.new_zeros(facts.num_experts + 1, dtype=STEP)
+        choices_E1.scatter_add_(0, id_tK, torch.ones_like(id_tK, dtype=STEP))
         message_PW = torch.zeros(facts.num_ranks, facts.message_steps, dtype=STEP, device=id_tK.device)
-        message_PW.view(-1).scatter_(0, facts.step_of_id_E1, choices_E1.to(STEP))
+        message_PW.view(-1).scatter_(0, facts.step_of_id_E1, choices_E1)
         message_PW[:, 0] = word
         message_PW[:, 1] = rows_P
         return cls._start(message_PW, facts, group)

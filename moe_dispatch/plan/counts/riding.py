@@ -44,7 +44,7 @@ class RidingIndex:
 def told_of_tokens(id_tK: Tensor, facts: CountsFacts) -> Tensor:
     """(t, W) what rides with each token: its number, and its ids plus one."""
     steps = riding_steps(facts.num_choices, facts.num_experts)
-    told_tW = torch.zeros(len(id_tK), steps, dtype=STEP, device=id_tK.device)
+    told_tW = torch.empty(len(id_tK), steps, dtype=STEP, device=id_tK.device)  # nobody reads more than K ids of it
     told_tW[:, 0] = facts.number_t
     told_tW[:, NUMBER_STEPS:].view(facts.id_format.dtype)[:, : facts.num_choices] = id_tK
     return told_tW

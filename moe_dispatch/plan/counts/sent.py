@@ -26,14 +26,12 @@ class SentByChoice:
         """``id_tK``: expert ids plus one, 0 for "no expert"."""
         ranks = facts.num_ranks
         rank_tK = facts.rank_of_id_E1.index_select(0, id_tK.flatten()).view(id_tK.shape).sort(1).values
-        again_tK = rank_tK == ranks
-        again_tK[:, 1:].logical_or_(rank_tK[:, 1:] == rank_tK[:, :-1])
-        again_C = again_tK.flatten()
-        peer_C = facts.peer_of_rank_P1.index_select(0, rank_tK.flatten()).masked_fill_(again_C, ranks)
+        peer_tK = facts.peer_of_rank_P1.index_select(0, rank_tK.flatten()).view(id_tK.shape)
+        peer_tK[:, 1:].masked_fill_(rank_tK[:, 1:] == rank_tK[:, :-1], ranks)
+        peer_C = peer_tK.flatten()
         sorted_peer_C, place_of_sorted_C = peer_C.sort(stable=True)
-        peer_P1 = torch.arange(ranks + 1, device=id_tK.device)
-        before_P1 = torch.searchsorted(sorted_peer_C, peer_P1)
-        return cls(facts, again_C.logical_not_().cumsum(0), place_of_sorted_C, before_P1)
+        before_P1 = torch.searchsorted(sorted_peer_C, facts.rank_P1)
+        return cls(facts, (peer_C != ranks).cumsum(0), place_of_sorted_C, before_P1)
 
     @property
     def count_P(self) -> Tensor:
