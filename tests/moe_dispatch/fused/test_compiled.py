@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from moe_dispatch.testing import RankPool
+from tests.support.compile import untraced
 
 A100, H100, B200 = 80, 90, 100  # compute capability, times ten
 VECTORS = {"ld.global.v4.b32", "st.global.v4.b32"}
@@ -80,6 +81,7 @@ def instructions(name: str, capability: int, **other: int) -> set[str]:
     return set(re.findall(r"(?:ld|st)\.global\S*", compiled.asm["ptx"]))
 
 
+@untraced()
 def found_and_wanted(capability: int) -> list[tuple[str, set[str], set[str]]]:
     return [(name, instructions(name, capability), wanted) for name, (_, _, wanted) in KERNELS.items()]
 

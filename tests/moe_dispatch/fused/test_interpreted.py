@@ -16,6 +16,7 @@ from moe_dispatch.plan import row_index
 from moe_dispatch.rows import buffer, sums
 from moe_dispatch.rows.buffer import RowFormat
 from moe_dispatch.testing import RankPool, RankThreads
+from tests.support.compile import untraced
 from tests.support.dispatch.dense import Answer, Case, dense_answer, differences, make_case
 from tests.support.dispatch.layer import Layer, failures_of
 from tests.support.dispatch.layouts import Layout
@@ -54,6 +55,7 @@ def drawn(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64).to(dtype)
 
 
+@untraced()
 def check_sums() -> None:
     """Of rows that are columns of others, from the first or another one, and of those whose columns lie together."""
     for i, (dtype, width) in enumerate(product(DTYPES, WIDTHS)):
@@ -96,6 +98,9 @@ def check_numbers_that_are_none() -> None:
         assert got[0, 3].isnan()
         assert got[0, 4] == -inf
         assert torch.equal(got[1], rows_ND[1])
+        with fused():
+            ones = sums.dot_rows(torch.ones(1, 2, dtype=dtype), rows_ND[1:, :2], torch.tensor([0]))
+        assert ones.tolist() == [2 * half]
 
 
 def test_rounding_is_to_even(interpreter: RankPool) -> None:
@@ -174,6 +179,7 @@ def run_layer(rank: int, case: Case, answer: Answer, kind: Kind, weigh_in_combin
         return failures_of(case, differences(layer.backward(), answer.for_rank(rank, case)))
 
 
+@untraced()
 def check_layers() -> None:
     with fused() as asked, RankThreads() as threads:
         for kind, weigh_in_combine in (*product(KINDS[:1], (False, True)), *((kind, True) for kind in KINDS[1:])):

@@ -19,6 +19,7 @@ from moe_dispatch.lab.validate.rows import Row
 from moe_dispatch.lab.validate.run import run_reference_of, run_row
 from moe_dispatch.lab.validate.sources import DebugSource, debug_rows
 from moe_dispatch.testing import RankPool
+from tests.support.compile import untraced
 from tests.support.lab.small_matrix import (
     PACKED,
     PoolRanks,
@@ -92,6 +93,7 @@ def test_the_reference_of_one_process_learns_and_is_reproducible() -> None:
     assert all(torch.equal(gradient, again.gradients[name]) for name, gradient in first.gradients.items())
 
 
+@untraced()
 def run_row_with_one_rank_out_of_order(rank: int, config: MatrixConfig, row: Row, *args: Any) -> RowResult:
     """Rank 1 fails in the first row, in the middle of it."""
     out_of_order = rank == 1 and row.name == config.rows[0].name
@@ -145,6 +147,7 @@ class AnotherSeed:
         return DebugSubject(config=source.config, seed=source.seed + 1, spreading=source.spreading)
 
 
+@untraced()
 def run_row_with_another_seed(rank: int, config: MatrixConfig, row: Row, *args: Any) -> RowResult:
     """Rank 1 builds the model of the first row from a seed of its own."""
     if rank == 1 and row.name == config.rows[0].name:

@@ -18,7 +18,7 @@ from tests.support.tensors import scattered
 
 pytestmark = pytest.mark.usefixtures("uncovered")
 
-# The cases of ../shared/known-bugs.md, part 2, that are one call.
+# Public bug reports (B) that are one call, and reports of our own users.
 NAMED = {
     "B4 two documents": named_case(2, "packed", (8, 8), batch=1, num_heads=(8, 4)),
     "B4 padding on the left": named_case(2, "left pad", (8, 8), num_heads=(8, 4)),
