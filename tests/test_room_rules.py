@@ -44,6 +44,7 @@ INDEX_ARITHMETIC = {
     "moe_dispatch/rows/buffer.py": "units of a row",
     "moe_dispatch/rows/sums.py": "three parts of each weight",
     "moe_dispatch/fused/launch.py": "vectors of a row",
+    "moe_dispatch/fused/vectors.py": "16 bytes of values",
     "moe_dispatch/fused/kernels.py": "the source and the choice of an entry",
     "moe_dispatch/routing/choices.py": "where a record has a token",
     "moe_dispatch/layer/router.py": "how many experts a group has",

@@ -1,6 +1,7 @@
 """Where the fused kernels run."""
 
 from importlib.util import find_spec
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -12,3 +13,10 @@ def runs_fused(*tensors: Tensor) -> bool:
     """Whether these have memory of their own on CUDA, and there is Triton (the extra ``triton``; torch's builds for
     CUDA bring it along)."""
     return HAS_TRITON and all(x.is_cuda and type(x) is Tensor for x in tensors) and torch.version.cuda is not None
+
+
+def launched() -> ModuleType:
+    """The functions that launch them. Imported here, as they need Triton."""
+    from . import launch
+
+    return launch

@@ -1,11 +1,10 @@
-"""The kernels, launched on tensors. Needs triton: who uses it imports it where it runs.
+"""The kernels, launched on tensors. Needs triton.
 
 Rows may be narrower than their pitch: parts of the rows of a buffer.
 """
 
 from collections.abc import Sequence
 from itertools import chain
-from math import gcd
 from types import MappingProxyType
 from typing import Any
 
@@ -13,8 +12,8 @@ import torch
 from torch import Tensor
 
 from . import kernels
+from .vectors import values_at_once
 
-VECTOR_BYTES = 16  # what a thread reads and writes at once
 MOST_VALUES = 1024  # of a row, for one program at a time: 4 warps, of which each thread has 8
 INDICES = 512  # for one program: 4 warps, of which each thread has 4
 OPTIONS = MappingProxyType({"enable_fp_fusion": False})  # a product is rounded before it is added, in every version
@@ -23,7 +22,7 @@ OPTIONS = MappingProxyType({"enable_fp_fusion": False})  # a product is rounded 
 def pack(parts: Sequence[Tensor], row_of_N: Tensor, out_NC: Tensor) -> None:
     """Rows ``row_of_N`` of up to four tensors side by side in the first columns of ``out_NC``; all of one dtype."""
     wide, *narrow = parts
-    vector = _vector(wide, wide.shape[1], wide.stride(0), out_NC.stride(0))
+    vector = values_at_once(wide, wide.shape[1], wide.stride(0), out_NC.stride(0))
     absent = 3 - len(narrow)
     widths = [part.shape[1] for part in narrow] + [0] * absent
     beside: Any = chain(*((part, part.stride(0)) for part in [*narrow, *[wide] * absent]))
@@ -44,7 +43,7 @@ def pack(parts: Sequence[Tensor], row_of_N: Tensor, out_NC: Tensor) -> None:
 def expand(buffer_NC: Tensor, width: int, row_of_M: Tensor, column_of_M: Tensor, units: int) -> tuple[Tensor, Tensor]:
     """(M, width) the first columns of rows ``row_of_M``, and (M, units) what stands ``column_of_M`` times ``units``
     columns behind them."""
-    vector = _vector(buffer_NC, width, buffer_NC.stride(0))
+    vector = values_at_once(buffer_NC, width, buffer_NC.stride(0))
     out_MC, value_MU = (buffer_NC.new_empty(len(row_of_M), size) for size in (width, units))
     with torch.cuda.device_of(buffer_NC):
         if len(row_of_M):
@@ -64,7 +63,7 @@ def expand(buffer_NC: Tensor, width: int, row_of_M: Tensor, column_of_M: Tensor,
 def sums(rows_ND: Tensor, row_of_entry: Tensor, first_entry: Tensor, weight_of_entry: Tensor | None = None) -> Tensor:
     """(len(first_entry), D): see ``sums.sum_rows`` and ``sums.sum_weighted_rows``."""
     width = rows_ND.shape[1]
-    vector, block = _vector(rows_ND, width, rows_ND.stride(0)), _block(width)
+    vector, block = values_at_once(rows_ND, width, rows_ND.stride(0)), _block(width)
     out_TD = rows_ND.new_empty(len(first_entry), width)
     with torch.cuda.device_of(rows_ND):
         if out_TD.numel():
@@ -86,7 +85,7 @@ def sums(rows_ND: Tensor, row_of_entry: Tensor, first_entry: Tensor, weight_of_e
 def dots(a_ND: Tensor, b_RD: Tensor, row_of_b_N: Tensor, dtype: torch.dtype) -> Tensor:
     """(N,) in ``dtype``: see ``sums.dot_rows``. ``a_ND`` is dense."""
     width = a_ND.shape[1]
-    vector = _vector(b_RD, width, b_RD.stride(0))
+    vector = values_at_once(b_RD, width, b_RD.stride(0))
     out_N = a_ND.new_empty(len(a_ND), dtype=dtype)
     with torch.cuda.device_of(a_ND):
         if len(out_N):
@@ -146,11 +145,6 @@ def _programs(x_M: Tensor) -> tuple[int]:
 
 def _constants(**values: int) -> dict[str, Any]:
     return {**values, **OPTIONS}
-
-
-def _vector(rows: Tensor, *widths: int) -> int:
-    """The most values, of at most 16 bytes, of which all widths are a multiple."""
-    return gcd(VECTOR_BYTES // rows.itemsize, *widths)
 
 
 def _block(width: int) -> int:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from ..fused.choice import runs_fused
+from ..fused.choice import launched, runs_fused
 from .ids.group_tokens import GroupTokens
 
 
@@ -124,9 +124,7 @@ class Entries:
         # Choices are in (source, choice) order, so a stable sort leaves those of a source in order.
         flat_M = torch.nonzero_static(mine_GK, size=num_rows)[:, 0]
         if runs_fused(mine_GK):
-            from ..fused import launch  # it needs triton
-
-            return cls(*launch.entries(flat_M.contiguous(), mine_GK, num_choices))
+            return cls(*launched().entries(flat_M.contiguous(), mine_GK, num_choices))
         source_M = flat_M // num_choices
         return cls(source_M, mine_GK.index_select(0, flat_M), flat_M.sub(source_M, alpha=num_choices))
 
@@ -146,9 +144,7 @@ def rows_in_order(
 def reordered(entry_of_row_M: Tensor, *of_entries: Tensor) -> tuple[Tensor, ...]:
     """Three tensors of entries in the order of the rows, and the row of each entry."""
     if runs_fused(entry_of_row_M):
-        from ..fused import launch  # it needs triton
-
-        return launch.reorder(entry_of_row_M, *of_entries)
+        return launched().reorder(entry_of_row_M, *of_entries)
     return (*(x_M.index_select(0, entry_of_row_M) for x_M in of_entries), inverse(entry_of_row_M))
 
 

@@ -18,7 +18,7 @@ from ..layout.sharding import TokenSharding
 from ..wire.agreement import Statement
 from ..wire.policies import unseen_by_policies
 from ..wire.uncompiled import uncompiled
-from .ids.checks import expected_message, ids_and_word, problem_of_arguments
+from .ids.checks import ids_and_word, ids_or_refusal
 from .ids.exchange import IdsExchange
 from .metadata import DispatchMetadata, KnownIndex
 from .row_index import ReceivedRows, SentRows
@@ -108,12 +108,8 @@ class StaticSizes:
     ) -> StaticPlan:
         """See :func:`plan_static`."""
         terms = self._with_sizes(terms)
-        terms.check(group)
+        expert_BlK = ids_or_refusal(self, expert_BlK, weight_BlK, terms, group)
         rank, sharding = group.rank(), terms.sharding
-        if problem := problem_of_arguments(expert_BlK, weight_BlK, sharding, group):
-            num_choices, device = expected_message(expert_BlK, weight_BlK, group)
-            self.refuse(problem, terms, group, num_choices=num_choices, device=device)
-        expert_BlK = expert_BlK.to(torch.int64)
         tokens = terms.tokens(rank, expert_BlK.shape[2], expert_BlK.device)
         id_tK, word = ids_and_word(expert_BlK, weight_BlK, tokens.num_experts, tokens.expected)
         exchange = IdsExchange.start(id_tK, word, tokens, group)

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..fused.choice import runs_fused
+from ..fused.choice import launched, runs_fused
+from ..fused.vectors import VECTOR_BYTES
 from .sums import sum_rows, take_rows, with_dense_rows
 
-VECTOR_BYTES = 16  # what a thread of a GPU reads and writes at once, where all rows start at a multiple of it
 LEAST_BYTES_PER_PADDED = 32  # padding is at most 3 % of a row: with 4120 or 8200 bytes it is 0.2 or 0.1 %
 
 
@@ -55,10 +55,8 @@ class RowFormat:
     def gather(self, row_of_N: Tensor, row_tensors: Sequence[Tensor], out: Tensor) -> None:
         """:meth:`pack` of rows ``row_of_N`` of the tensors into ``out``, (N, bytes of a row), in one pass."""
         if len(row_tensors[0]) and runs_fused(out, *row_tensors):  # else zeros, see take_rows
-            from ..fused import launch  # it needs triton
-
             parts = [with_dense_rows(self._as_units(rows)) for rows in row_tensors]
-            launch.pack(parts, row_of_N, out.view(self._unit))
+            launched().pack(parts, row_of_N, out.view(self._unit))
             return
         for part, rows in zip(self._split(out), row_tensors, strict=True):
             take_rows(self._as_units(rows), row_of_N, out=part)
@@ -94,10 +92,8 @@ class RowFormat:
         ``column_of_M`` of that row."""
         if not runs_fused(buffer_NC):
             return self.read_rows(buffer_NC, 0, row_of_M), self.read_part(buffer_NC, 1)[row_of_M, column_of_M]
-        from ..fused import launch  # it needs triton
-
         units = self._dtypes[1].itemsize // self._unit.itemsize
-        x_MU, value_MU = launch.expand(buffer_NC.view(self._unit), self._widths[0], row_of_M, column_of_M, units)
+        x_MU, value_MU = launched().expand(buffer_NC.view(self._unit), self._widths[0], row_of_M, column_of_M, units)
         return x_MU.view(self._dtypes[0]), value_MU.view(self._dtypes[1]).squeeze(1)
 
     def _split(self, buffer_NC: Tensor) -> tuple[Tensor, ...]:

@@ -5,13 +5,11 @@ with weights are copied: their weights have no exact parts).
 kernels of ``fused`` do it where they run: they read rows as vectors, and rows that are not dense.
 """
 
-from types import ModuleType
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..fused.choice import runs_fused
+from ..fused.choice import launched, runs_fused
 
 # Products of rows are made in pieces of about this many values: the cache of a core, or enough to fill a GPU.
 VALUES_AT_ONCE_CPU = 2**18
@@ -31,7 +29,7 @@ def sum_rows(rows_ND: Tensor, row_of_entry: Tensor, first_entry: Tensor) -> Tens
     """(len(first_entry), D): sums of consecutive entries' rows, each from its ``first_entry`` to the next; 0 where
     there is none."""
     if runs_fused(rows_ND, row_of_entry):
-        return _fused().sums(with_dense_rows(rows_ND), row_of_entry, first_entry)
+        return launched().sums(with_dense_rows(rows_ND), row_of_entry, first_entry)
     return F.embedding_bag(row_of_entry, rows_ND.detach(), first_entry, mode="sum")
 
 
@@ -45,7 +43,7 @@ def sum_weighted_rows(rows_ND: Tensor, weight_N: Tensor, row_of_entry: Tensor, f
     """
     if runs_fused(rows_ND, row_of_entry):
         weight_N = weight_N.to(torch.promote_types(rows_ND.dtype, torch.float32)).contiguous()
-        return _fused().sums(with_dense_rows(rows_ND), row_of_entry, first_entry, weight_N)
+        return launched().sums(with_dense_rows(rows_ND), row_of_entry, first_entry, weight_N)
     if rows_ND.dtype == torch.bfloat16:
         parts_NP = _bfloat16_parts(weight_N.to(torch.float32))
         entry = row_of_entry.repeat_interleave(BFLOAT16_PARTS, output_size=BFLOAT16_PARTS * len(row_of_entry))
@@ -63,7 +61,7 @@ def dot_rows(a_ND: Tensor, b_RD: Tensor, row_of_b_N: Tensor) -> Tensor:
     """(N,): the products of ``a_ND[i]`` and ``b_RD[row_of_b_N[i]]``, summed in float32 (float64 for float64)."""
     dtype = torch.promote_types(a_ND.dtype, torch.float32)
     if runs_fused(a_ND, b_RD):
-        return _fused().dots(a_ND.contiguous(), with_dense_rows(b_RD), row_of_b_N, dtype)
+        return launched().dots(a_ND.contiguous(), with_dense_rows(b_RD), row_of_b_N, dtype)
     at_once = VALUES_AT_ONCE_CPU if a_ND.device.type == "cpu" else VALUES_AT_ONCE
     out_N = torch.empty(len(a_ND), dtype=dtype, device=a_ND.device)
     rows = max(at_once // max(a_ND.shape[1], 1), 1)
@@ -76,12 +74,6 @@ def dot_rows(a_ND: Tensor, b_RD: Tensor, row_of_b_N: Tensor) -> Tensor:
 def with_dense_rows(rows_ND: Tensor) -> Tensor:
     """The same, each row in one piece; a copy where it was not."""
     return rows_ND if rows_ND.stride(1) == 1 else rows_ND.clone(memory_format=torch.contiguous_format)
-
-
-def _fused() -> ModuleType:
-    from ..fused import launch  # it needs triton
-
-    return launch
 
 
 def _sum_weighted(rows_ND: Tensor, weight_N: Tensor, row_of_entry: Tensor, first_entry: Tensor) -> Tensor:

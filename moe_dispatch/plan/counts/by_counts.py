@@ -14,7 +14,7 @@ from torch import Tensor
 from ...wire.agreement import BAD, Statement
 from ...wire.policies import unseen_by_policies
 from ..host_copy import HostCopy
-from ..ids.checks import expected_message, ids_and_word, problem_of_arguments, problem_of_values
+from ..ids.checks import ids_and_word, ids_or_refusal, raise_by_words
 from ..metadata import DispatchMetadata
 from ..terms import Terms
 from .facts import CountsFacts
@@ -33,12 +33,8 @@ class ByCounts:
         self, expert_BlK: Tensor, weight_BlK: Tensor | None, terms: Terms, group: dist.ProcessGroup
     ) -> DispatchMetadata:
         """See :func:`plan_dispatch`."""
-        terms.check(group)
+        expert_BlK = ids_or_refusal(self, expert_BlK, weight_BlK, terms, group)
         rank, ranks, sharding = group.rank(), group.size(), terms.sharding
-        if problem := problem_of_arguments(expert_BlK, weight_BlK, sharding, group):
-            num_choices, device = expected_message(expert_BlK, weight_BlK, group)
-            self.refuse(problem, terms, group, num_choices=num_choices, device=device)
-        expert_BlK = expert_BlK.to(torch.int64)
         facts = CountsFacts.of(terms, rank, expert_BlK.shape[2], expert_BlK.device)
         id_tK, word = ids_and_word(expert_BlK, weight_BlK, facts.num_experts, facts.expected)
         sent_rows = SentByChoice.of(id_tK, facts)
@@ -52,8 +48,7 @@ class ByCounts:
         counts = copied.read()
         words, rows_sent, rows_received = (tuple(counts[i * ranks : (i + 1) * ranks]) for i in range(3))
         if set(words) != {facts.expected}:
-            problem = problem_of_values(expert_BlK, weight_BlK, terms.experts) if words[rank] == BAD else ""
-            Statement(facts.facts, problem).raise_on_every_rank(device=expert_BlK.device, group=group)
+            raise_by_words(words, facts.facts, expert_BlK, weight_BlK, terms, group)
         return DispatchMetadata(
             local_shape=(*sharding.local_shape(rank), terms.dim),
             sharding=sharding,

@@ -15,7 +15,7 @@ from ..host_copy import HostCopy
 from ..metadata import DispatchMetadata, KnownIndex
 from ..row_index import ReceivedRows, SentRows
 from ..terms import Terms
-from .checks import expected_message, ids_and_word, problem_of_arguments, problem_of_values
+from .checks import ids_and_word, ids_or_refusal, raise_by_words
 from .exchange import IdsExchange
 
 
@@ -29,12 +29,8 @@ class ByIds:
         self, expert_BlK: Tensor, weight_BlK: Tensor | None, terms: Terms, group: dist.ProcessGroup
     ) -> DispatchMetadata:
         """See :func:`plan_dispatch`."""
-        terms.check(group)
+        expert_BlK = ids_or_refusal(self, expert_BlK, weight_BlK, terms, group)
         rank, sharding = group.rank(), terms.sharding
-        if problem := problem_of_arguments(expert_BlK, weight_BlK, sharding, group):
-            num_choices, device = expected_message(expert_BlK, weight_BlK, group)
-            self.refuse(problem, terms, group, num_choices=num_choices, device=device)
-        expert_BlK = expert_BlK.to(torch.int64)
         tokens = terms.tokens(rank, expert_BlK.shape[2], expert_BlK.device)
         id_tK, word = ids_and_word(expert_BlK, weight_BlK, tokens.num_experts, tokens.expected)
         exchange = IdsExchange.start(id_tK, word, tokens, group)
@@ -47,8 +43,7 @@ class ByIds:
         kept_BlK = expert_BlK.clone()
         words, sent, received_before, (num_rows,) = _split(copied.read(), map(len, counts))
         if set(words) != {tokens.expected}:
-            problem = problem_of_values(expert_BlK, weight_BlK, terms.experts) if words[rank] == BAD else ""
-            Statement(tokens.facts, problem).raise_on_every_rank(device=expert_BlK.device, group=group)
+            raise_by_words(words, tokens.facts, expert_BlK, weight_BlK, terms, group)
         per_expert_e, row_index = received_rows.index(received_before[-1], num_rows)
         return DispatchMetadata(
             local_shape=(*sharding.local_shape(rank), terms.dim),

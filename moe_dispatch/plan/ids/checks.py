@@ -1,6 +1,7 @@
 """What can be wrong with the ids and weights that a rank plans with."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NoReturn, Protocol
 
 import torch
 import torch.distributed as dist
@@ -8,13 +9,54 @@ from torch import Tensor
 
 from ...layout.partition import Partition
 from ...layout.sharding import TokenSharding
-from ...wire.agreement import BAD
+from ...wire.agreement import BAD, Statement
 from ...wire.devices import device_for, problem_of_devices
 from ...wire.local_tensors import problem_of_dtensors
+from ..terms import Terms
 from .format import ID_DTYPES
 
 
-def problem_of_arguments(
+class Refusing(Protocol):
+    """A form of plan, that a rank without ids takes its part in."""
+
+    def refuse(
+        self, problem: str, terms: Terms, group: dist.ProcessGroup, *, num_choices: int, device: torch.device
+    ) -> NoReturn: ...
+
+
+def ids_or_refusal(
+    form: Refusing, expert_BlK: Tensor, weight_BlK: Tensor | None, terms: Terms, group: dist.ProcessGroup
+) -> Tensor:
+    """The ids as int64. Where this rank's arguments are wrong, its peers are told, and every rank raises.
+
+    Raises:
+        ValueError: terms that do not describe the ranks of ``group``; on every rank, before any collective.
+    """
+    terms.check(group)
+    if problem := _problem_of_arguments(expert_BlK, weight_BlK, terms.sharding, group):
+        num_choices, device = expected_message(expert_BlK, weight_BlK, group)
+        form.refuse(problem, terms, group, num_choices=num_choices, device=device)
+    return expert_BlK.to(torch.int64)
+
+
+def raise_by_words(
+    words: Sequence[int],
+    facts: str,
+    expert_BlK: Tensor,
+    weight_BlK: Tensor | None,
+    terms: Terms,
+    group: dist.ProcessGroup,
+) -> NoReturn:
+    """Raise the same error on every rank, where one has not sent the word of ``facts``.
+
+    Args:
+        words: those of all ranks, in their order.
+    """
+    problem = _problem_of_values(expert_BlK, weight_BlK, terms.experts) if words[group.rank()] == BAD else ""
+    Statement(facts, problem).raise_on_every_rank(device=expert_BlK.device, group=group)
+
+
+def _problem_of_arguments(
     expert_BlK: Tensor, weight_BlK: Tensor | None, sharding: TokenSharding, group: dist.ProcessGroup
 ) -> str:
     """What is wrong with this rank's tensors, without a look at their values; empty where nothing is."""
@@ -62,7 +104,7 @@ def ids_and_word(
     return id_tK, torch.full((), expected, device=id_tK.device).masked_fill_(bad_tK.any(), BAD)
 
 
-def problem_of_values(expert_BlK: Tensor, weight_BlK: Tensor | None, experts: Partition) -> str:
+def _problem_of_values(expert_BlK: Tensor, weight_BlK: Tensor | None, experts: Partition) -> str:
     """The first value at fault. It reads the device, so it is for a rank that knows that there is one."""
     expert_tK = expert_BlK.flatten(0, 1)
     outside_tK = (expert_tK < -1) | (expert_tK >= experts.total)
