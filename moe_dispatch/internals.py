@@ -18,6 +18,7 @@ from .wire.exchange import (
 from .wire.group_copy import copy_in_group, state_without_group
 from .wire.local_tensors import is_dtensor, problem_of_dtensors, refuse_dtensors
 from .wire.policies import unseen_by_policies
+from .wire.uncompiled import constant_in_graphs, uncompiled
 
 __all__ = [
     "BAD",
@@ -31,6 +32,7 @@ __all__ = [
     "check_group",
     "check_is_group",
     "check_memory",
+    "constant_in_graphs",
     "copied_to",
     "copy_in_group",
     "device_for",
@@ -45,6 +47,7 @@ __all__ = [
     "refuse_dtensors",
     "start_exchange",
     "state_without_group",
+    "uncompiled",
     "unseen_by_policies",
     "without_autocast",
 ]

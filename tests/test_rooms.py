@@ -134,17 +134,19 @@ def test_others_are_imported_in_the_rooms_of_their_slots(name: str) -> None:
     assert name.startswith(of_any) or not any(".integrations" in module for module in imports(FILES[name]))
 
 
-def test_importing_does_no_work() -> None:
-    program = """
+@pytest.mark.parametrize("package", ["moe_dispatch", "sp_attention"])
+def test_importing_does_no_work(package: str) -> None:
+    program = f"""
 import sys
 import torch
 already = set(sys.modules)
-import moe_dispatch
-wanted = {"pydantic", "rich", "matplotlib", "pytest", "triton", "safetensors", "sp_attention", "moe_dispatch.testing"}
-wanted |= {"torch.distributed.tensor", "transformers", "torchtitan"}
-print(sorted(wanted & (set(sys.modules) - already)))
+import {package} as package
+unwanted = {{"pydantic", "rich", "matplotlib", "pytest", "triton", "safetensors", "moe_dispatch.testing"}}
+unwanted |= {{"torch._dynamo", "torch.distributed.tensor", "transformers", "torchtitan"}}
+unwanted |= {{"sp_attention"}} - {{"{package}"}}
+print(sorted(unwanted & (set(sys.modules) - already)))
 print(torch.cuda.is_initialized(), torch.distributed.is_initialized())
-print([name for name in moe_dispatch.__all__ if not hasattr(moe_dispatch, name)])
+print([name for name in package.__all__ if not hasattr(package, name)])
 """
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, timeout=120, cwd=ROOT

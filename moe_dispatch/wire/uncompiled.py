@@ -1,7 +1,7 @@
-"""Functions that torch.compile leaves as they are: a graph break, where each batch would be another graph.
+"""Functions that torch.compile does not trace: a graph break, where each batch would be another graph, or a constant.
 
-``torch.compiler.disable`` says the same, but imports the compiler (a second, in every process that never compiles).
-This marks functions as it does, and calls them as it does.
+``torch.compiler.disable`` and ``assume_constant_result`` say the same, but import the compiler (a second, in every
+process that never compiles). This marks functions as they do, and calls them as they do.
 """
 
 from collections.abc import Callable
@@ -38,3 +38,9 @@ def uncompiled(reason: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
         return run
 
     return decorate
+
+
+def constant_in_graphs(function: Callable[P, R]) -> Callable[P, R]:
+    """A decorator: torch.compile calls the function while it traces, and keeps the result as a constant."""
+    vars(function).update(_dynamo_marked_constant=True)
+    return function

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_dispatch import TokenSharding, agree
-from moe_dispatch.internals import check_is_group, digest, unseen_by_policies
+from moe_dispatch.internals import check_is_group, digest, uncompiled, unseen_by_policies
 
 from ..attend.documents import Documents
 from ..blocks.dropout import mix
@@ -28,7 +28,7 @@ PartT = TypeVar("PartT")
 LONGEST_FACT = 100  # characters: then the facts of all fit in one sentence between ranks
 
 
-@torch.compiler.disable(reason="each batch would be another graph; cut batches outside of what is compiled")
+@uncompiled("each batch would be another graph; cut batches outside of what is compiled")
 @unseen_by_policies
 def shard_batch(batch: Batch, *, sharding: TokenSharding, group: dist.ProcessGroup) -> ShardedBatch:
     """This rank's part of a batch. One exchange of 8 bytes per pair of ranks makes sure that all of them cut the same

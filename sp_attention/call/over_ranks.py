@@ -2,12 +2,11 @@
 
 from functools import partial
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from moe_dispatch import Partition, TokenSharding
-from moe_dispatch.internals import check_is_group, device_for
+from moe_dispatch.internals import check_is_group, device_for, uncompiled
 
 from ..attend.default import scaled_dot_product
 from ..work.scheme import ULYSSES, Scheme
@@ -18,7 +17,7 @@ from .spread_call import Asking
 from .ulysses import exchange_and_attend
 
 
-@torch.compiler.disable(reason="who needs which rows is worked out in Python, and kept")
+@uncompiled("who needs which rows is worked out in Python, and kept")
 def attention_over_ranks(
     q_BlNH: Tensor,
     k_BlGH: Tensor,

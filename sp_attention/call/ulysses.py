@@ -6,12 +6,11 @@ output back) and two backward.
 
 from functools import partial
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from moe_dispatch import Partition, TokenSharding
-from moe_dispatch.internals import Statement
+from moe_dispatch.internals import Statement, uncompiled
 
 from ..attend.default import scaled_dot_product
 from ..attend.documents import Documents, attend_documents
@@ -126,7 +125,7 @@ def ulysses_attention(
     )
 
 
-@torch.compiler.disable(reason="cu_seqlens are read: each batch of documents would be another graph")
+@uncompiled("cu_seqlens are read: each batch of documents would be another graph")
 def _attend_documents_over_ranks(
     tensors: tuple[Tensor, Tensor, Tensor],
     shardings: tuple[TokenSharding, TokenSharding | None],

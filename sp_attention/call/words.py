@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_dispatch.internals import BAD, Statement, digest, exchange_rows
+from moe_dispatch.internals import BAD, Statement, constant_in_graphs, digest, exchange_rows
 
 from ..wire.exchange import to_heads, to_tokens
 from ..wire.ints_as_floats import as_floats, as_ints
@@ -112,7 +112,7 @@ def word_of(statement: Statement) -> int:
     return BAD if statement.problem else constant_digest(statement.facts)
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def constant_digest(facts: str) -> int:
     """The digest, made while compiling: dynamo traces no hash of a text, and the facts are constants of the graph."""
     return digest(facts)

@@ -2,11 +2,10 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from moe_dispatch import Partition, TokenSharding, gather_tokens
-from moe_dispatch.internals import unseen_by_policies
+from moe_dispatch.internals import uncompiled, unseen_by_policies
 
 from ..batch.batch import Batch
 from ..batch.loss import MeanLoss, mean_cross_entropy
@@ -50,7 +49,7 @@ class Parallel(OnMesh):
         """
         spread_layers(model, self.mesh, experts, scheme, everyone())
 
-    @torch.compiler.disable(reason="each batch would be another graph; cut batches outside of what is compiled")
+    @uncompiled("each batch would be another graph; cut batches outside of what is compiled")
     @unseen_by_policies
     def shard(
         self, batch: Batch, *, lengths: Sequence[int] | None = None, sharding: TokenSharding | None = None

@@ -3,12 +3,11 @@
 from collections.abc import Sequence
 from functools import partial
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from moe_dispatch import Partition, TokenSharding
-from moe_dispatch.internals import check_is_group, device_for
+from moe_dispatch.internals import check_is_group, device_for, uncompiled
 
 from ...spread.expansion import Expand
 from ...work.scheme import ULYSSES, Scheme
@@ -18,7 +17,7 @@ from ..spread_call import Asking
 from .inputs import Latent, LatentInputs
 
 
-@torch.compiler.disable(reason="who needs which rows is worked out in Python, and kept")
+@uncompiled("who needs which rows is worked out in Python, and kept")
 def latent_attention_over_ranks(
     q_BlNH: Tensor,
     latent_BlC: Tensor,
