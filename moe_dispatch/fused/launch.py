@@ -101,9 +101,9 @@ def dots(a_ND: Tensor, b_RD: Tensor, row_of_b_N: Tensor, dtype: torch.dtype) -> 
     return out_N
 
 
-def entries(flat_M: Tensor, mine_GK: Tensor, num_choices: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(M,) each: the source of each entry, its ``mine_GK``, and its choice."""
-    source_M, mine_M, choice_M = (torch.empty_like(flat_M) for _ in range(3))
+def entries(flat_M: Tensor, mine_GK: Tensor, num_choices: int, choice_M: Tensor) -> tuple[Tensor, Tensor]:
+    """(M,) each: the source of each entry, and its ``mine_GK``. Its choice is written to ``choice_M``, dense."""
+    source_M, mine_M = torch.empty_like(flat_M), torch.empty_like(flat_M)
     with torch.cuda.device_of(flat_M):
         if len(flat_M):
             kernels.entries[_programs(flat_M)](
@@ -116,27 +116,27 @@ def entries(flat_M: Tensor, mine_GK: Tensor, num_choices: int) -> tuple[Tensor, 
                 choice_M,
                 **_constants(BLOCK=INDICES),
             )
-    return source_M, mine_M, choice_M
+    return source_M, mine_M
 
 
-def reorder(entry_of_row_M: Tensor, a_M: Tensor, b_M: Tensor, c_M: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(M,) each: the three in the order of the rows, and the row of each entry; all int64."""
-    a, b, c, row_of_entry = (torch.empty_like(entry_of_row_M) for _ in range(4))
+def reorder(entry_of_row_M: Tensor, told_3M: Tensor) -> tuple[Tensor, Tensor]:
+    """(3, M), which is dense, in the order of the rows, and (M,) the row of each entry; all int64."""
+    out_3M, row_of_entry_M = torch.empty_like(told_3M), torch.empty_like(entry_of_row_M)
     with torch.cuda.device_of(entry_of_row_M):
         if len(entry_of_row_M):
             kernels.reorder[_programs(entry_of_row_M)](
                 entry_of_row_M,
-                a_M.contiguous(),
-                b_M.contiguous(),
-                c_M.contiguous(),
+                told_3M[0],
+                told_3M[1],
+                told_3M[2],
                 len(entry_of_row_M),
-                a,
-                b,
-                c,
-                row_of_entry,
+                out_3M[0],
+                out_3M[1],
+                out_3M[2],
+                row_of_entry_M,
                 **_constants(BLOCK=INDICES),
             )
-    return a, b, c, row_of_entry
+    return out_3M, row_of_entry_M
 
 
 def _programs(x_M: Tensor) -> tuple[int]:

@@ -51,7 +51,7 @@ class KnownIndex:
 
     @property
     def num_rows(self) -> int:
-        return len(self.found.token_of_row_M)
+        return self.found.token_of_row_M.shape[0]
 
     @property
     def rides(self) -> tuple[Tensor, ...]:

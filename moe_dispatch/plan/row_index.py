@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..fused.choice import launched, runs_fused
 from .ids.group_tokens import GroupTokens
+from .ids.sent_pairs import SentPairs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -40,9 +41,9 @@ class SentRows:
 
     @classmethod
     def of(cls, id_tK: Tensor, tokens: GroupTokens) -> "SentRows":
-        """``id_tK``: expert ids plus one, 0 for "no expert"."""
-        peer_tK = tokens.peer_of_id_E.index_select(0, id_tK.flatten()).view(id_tK.shape)
-        needed = torch.zeros(len(tokens.rank_of_peer) + 1, len(id_tK), dtype=torch.bool, device=id_tK.device)
+        """``id_tK``: expert ids, -1 for "no expert"."""
+        peer_tK = tokens.peer_of_id.take(id_tK)
+        needed = torch.zeros(len(tokens.rank_of_peer) + 1, id_tK.shape[0], dtype=torch.bool, device=id_tK.device)
         return cls(tokens, needed.scatter_(0, peer_tK.T, True)[1:])
 
     @property
@@ -50,18 +51,16 @@ class SentRows:
         """Rows for each peer."""
         return self.needed_Pt.sum(1)
 
-    def index(self, num_sent: int) -> dict[str, Tensor]:
+    def index(self, num_sent: int, pairs: SentPairs) -> dict[str, Tensor]:
         """My tokens -> sent rows, and back."""
-        peer_of_sent_S, token_of_sent_S = torch.nonzero_static(self.needed_Pt, size=num_sent).unbind(1)
-        token_of_sent_S = token_of_sent_S.contiguous()
+        pair_of_sent_S = torch.nonzero_static(self.needed_Pt.view(-1), size=num_sent)[:, 0]
+        token_of_sent_S, key_of_sent_S = pairs.token_and_key_2N.gather(1, pair_of_sent_S.expand(2, -1)).unbind(0)
         # By token, then rank: the order of a sum does not depend on where the token lives.
-        ranks, num_tokens = self.needed_Pt.shape
-        key_of_sent_S = self.tokens.rank_of_peer_P.index_select(0, peer_of_sent_S).add(token_of_sent_S, alpha=ranks)
         key_of_entry_S, sent_of_entry_S = key_of_sent_S.sort()
         return {
             "token_of_sent_S": token_of_sent_S,
             "sent_of_entry_S": sent_of_entry_S,
-            "first_entry_t": starts(key_of_entry_S, num_tokens, step=ranks),
+            "first_entry_t": torch.searchsorted(key_of_entry_S, pairs.first_key_t),
         }
 
 
@@ -78,11 +77,11 @@ class ReceivedRows:
 
     @classmethod
     def of(cls, id_GK: Tensor, tokens: GroupTokens) -> "ReceivedRows":
-        """``id_GK``: expert ids plus one, 0 for "no expert"."""
-        mine_GK = tokens.mine_of_id_E.index_select(0, id_GK.view(-1))
-        received_before_G1 = mine_GK.new_zeros(len(id_GK) + 1)
-        torch.cumsum(mine_GK.view(id_GK.shape).any(1), 0, out=received_before_G1[1:])
-        return cls(tokens, mine_GK, received_before_G1)
+        """``id_GK``: as :meth:`IdsExchange.wait` gives them."""
+        mine_GK = tokens.mine_of_id.take(id_GK)
+        received_before_G1 = mine_GK.new_zeros(id_GK.shape[0] + 1)
+        torch.cumsum(mine_GK.any(1), 0, out=received_before_G1[1:])
+        return cls(tokens, mine_GK.view(-1), received_before_G1)
 
     @property
     def count_1(self) -> Tensor:
@@ -97,10 +96,10 @@ class ReceivedRows:
     def index(self, num_received: int, num_rows: int) -> tuple[Tensor, RowIndex]:
         """How many rows each of my experts got, (e,); and received rows -> rows of my experts, and back."""
         entries = Entries.of(self.mine_GK, num_rows, self.tokens.num_choices)
-        token_of_entry_M = self.tokens.token_of_G.index_select(0, entries.source_M)
-        received_of_entry_M = self.received_before_G1.index_select(0, entries.source_M)
-        key_of_row_M, order = rows_in_order(entries, token_of_entry_M, received_of_entry_M, self.tokens.num_tokens)
-        first_entry_R = first_entries(received_of_entry_M, num_received)
+        torch.index_select(self.tokens.token_of_G, 0, entries.source_M, out=entries.token_M)
+        torch.index_select(self.received_before_G1, 0, entries.source_M, out=entries.received_M)
+        key_of_row_M, order = rows_in_order(entries, self.tokens.num_tokens)
+        first_entry_R = first_entries(entries, num_received)
         return rows_per_expert(key_of_row_M, self.tokens), RowIndex(**order, first_entry_R=first_entry_R)
 
 
@@ -109,43 +108,66 @@ class Entries:
     """The choices that fell on my experts, in the order of their sources (tokens, or received rows), then by choice.
 
     Attributes:
+        number_M: 0, 1, ...
         source_M: the source of each.
         mine_M: 1 + my expert; larger than all where an entry belongs to none.
-        choice_M: which of its token's K choices it is.
+        told_3M: global token, received row, and which of its token's K choices each is. The first two are the
+            caller's to write.
     """
 
+    number_M: Tensor
     source_M: Tensor
     mine_M: Tensor
-    choice_M: Tensor
+    told_3M: Tensor
+
+    @property
+    def token_M(self) -> Tensor:
+        return self.told_3M[0]
+
+    @property
+    def received_M(self) -> Tensor:
+        return self.told_3M[1]
 
     @classmethod
     def of(cls, mine_GK: Tensor, num_rows: int, num_choices: int) -> "Entries":
         """``mine_GK``: flat, 1 + my expert of each choice of each source, 0 for others; ``num_rows`` of them are."""
         # Choices are in (source, choice) order, so a stable sort leaves those of a source in order.
-        flat_M = torch.nonzero_static(mine_GK, size=num_rows)[:, 0]
+        return cls.of_flat(torch.nonzero_static(mine_GK, size=num_rows)[:, 0], mine_GK, num_choices)
+
+    @classmethod
+    def of_flat(cls, flat_M: Tensor, mine_GK: Tensor, num_choices: int) -> "Entries":
+        """``flat_M``: where each is in ``mine_GK``, which is flat."""
+        num_entries = flat_M.shape[0]
+        number_M, told_3M = torch.arange(num_entries, device=flat_M.device), flat_M.new_empty(3, num_entries)
         if runs_fused(mine_GK):
-            return cls(*launched().entries(flat_M.contiguous(), mine_GK, num_choices))
+            source_M, mine_M = launched().entries(flat_M.contiguous(), mine_GK, num_choices, told_3M[2])
+            return cls(number_M, source_M, mine_M, told_3M)
         source_M = flat_M // num_choices
-        return cls(source_M, mine_GK.index_select(0, flat_M), flat_M.sub(source_M, alpha=num_choices))
+        torch.sub(flat_M, source_M, alpha=num_choices, out=told_3M[2])
+        return cls(number_M, source_M, mine_GK.index_select(0, flat_M), told_3M)
 
 
-def rows_in_order(
-    entries: Entries, token_of_entry_M: Tensor, received_of_entry_M: Tensor, num_tokens: int
-) -> tuple[Tensor, dict[str, Tensor]]:
+def rows_in_order(entries: Entries, num_tokens: int) -> tuple[Tensor, dict[str, Tensor]]:
     """Entries -> rows: by expert, then global token, then choice. The keys ``mine * num_tokens + token`` of the rows,
     and the tensors of a :class:`RowIndex` but one."""
-    key_of_entry_M = token_of_entry_M.add(entries.mine_M, alpha=max(num_tokens, 1))
+    key_of_entry_M = entries.token_M.add(entries.mine_M, alpha=max(num_tokens, 1))
     key_of_row_M, entry_of_row_M = key_of_entry_M.sort(stable=True)
-    in_order = reordered(entry_of_row_M, token_of_entry_M, received_of_entry_M, entries.choice_M)
-    names = "token_of_row_M", "received_of_row_M", "choice_of_row_M", "row_of_entry_M"
-    return key_of_row_M, dict(zip(names, in_order, strict=True))
+    told_3M, row_of_entry_M = reordered(entry_of_row_M, entries)
+    token_of_row_M, received_of_row_M, choice_of_row_M = told_3M.unbind(0)
+    return key_of_row_M, {
+        "token_of_row_M": token_of_row_M,
+        "received_of_row_M": received_of_row_M,
+        "choice_of_row_M": choice_of_row_M,
+        "row_of_entry_M": row_of_entry_M,
+    }
 
 
-def reordered(entry_of_row_M: Tensor, *of_entries: Tensor) -> tuple[Tensor, ...]:
-    """Three tensors of entries in the order of the rows, and the row of each entry."""
+def reordered(entry_of_row_M: Tensor, entries: Entries) -> tuple[Tensor, Tensor]:
+    """``told_3M`` in the order of the rows, and the row of each entry."""
     if runs_fused(entry_of_row_M):
-        return launched().reorder(entry_of_row_M, *of_entries)
-    return (*(x_M.index_select(0, entry_of_row_M) for x_M in of_entries), inverse(entry_of_row_M))
+        return launched().reorder(entry_of_row_M, entries.told_3M)
+    told_3M = entries.told_3M.gather(1, entry_of_row_M.expand(3, -1))
+    return told_3M, torch.empty_like(entry_of_row_M).scatter_(0, entry_of_row_M, entries.number_M)
 
 
 def rows_per_expert(key_of_row_M: Tensor, tokens: GroupTokens) -> Tensor:
@@ -153,13 +175,9 @@ def rows_per_expert(key_of_row_M: Tensor, tokens: GroupTokens) -> Tensor:
     return torch.searchsorted(key_of_row_M, tokens.first_key_e1).diff()
 
 
-def first_entries(received_of_entry_M: Tensor, num_received: int) -> Tensor:
-    """Where the entries of each received row start. Every one has an entry, so the least is the first; ``starts``
-    takes 5 times as long."""
-    num_entries = len(received_of_entry_M)
-    entry_M = torch.arange(num_entries, device=received_of_entry_M.device)
-    first_R = entry_M.new_full((num_received,), num_entries)
-    return first_R.scatter_reduce_(0, received_of_entry_M, entry_M, "amin")
+def first_entries(entries: Entries, num_received: int) -> Tensor:
+    """Where the entries of each received row start. Every one has an entry, so it is no more rows than entries."""
+    return torch.searchsorted(entries.received_M, entries.number_M[:num_received])
 
 
 def starts(key_of_entry: Tensor, num_things: int, step: int = 1) -> Tensor:
@@ -172,5 +190,5 @@ def starts(key_of_entry: Tensor, num_things: int, step: int = 1) -> Tensor:
 def inverse(permutation: Tensor) -> Tensor:
     """Where each index stands in the permutation."""
     return torch.empty_like(permutation).scatter_(
-        0, permutation, torch.arange(len(permutation), device=permutation.device)
+        0, permutation, torch.arange(permutation.shape[0], device=permutation.device)
     )

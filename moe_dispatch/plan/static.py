@@ -18,7 +18,7 @@ from ..layout.sharding import TokenSharding
 from ..wire.agreement import Statement
 from ..wire.policies import unseen_by_policies
 from ..wire.uncompiled import uncompiled
-from .ids.checks import ids_and_word, ids_or_refusal
+from .ids.checks import checked_ids, ids_or_refusal
 from .ids.exchange import IdsExchange
 from .metadata import DispatchMetadata, KnownIndex
 from .row_index import ReceivedRows, SentRows
@@ -111,8 +111,8 @@ class StaticSizes:
         expert_BlK = ids_or_refusal(self, expert_BlK, weight_BlK, terms, group)
         rank, sharding = group.rank(), terms.sharding
         tokens = terms.tokens(rank, expert_BlK.shape[2], expert_BlK.device)
-        id_tK, word = ids_and_word(expert_BlK, weight_BlK, tokens.num_experts, tokens.expected)
-        exchange = IdsExchange.start(id_tK, word, tokens, group)
+        id_tK, is_bad = checked_ids(expert_BlK, weight_BlK, tokens.num_experts)
+        exchange = IdsExchange.start(id_tK, is_bad, tokens, group)
         sent = index_sent(SentRows.of(id_tK, tokens), self.rows_per_pair)
         id_GK, word_P = exchange.wait()
         _raise_where_a_peer_left(word_P, tokens.facts, group)

@@ -59,23 +59,18 @@ def index_received(mine_GK: Tensor, tokens: GroupTokens, in_pair: int, num_rows:
     if not len(chosen_GK):  # CUDA's nonzero_static divides by the number of values
         chosen_GK = chosen_GK.new_zeros(1)
     flat_of_entry_M = torch.nonzero_static(chosen_GK, size=num_rows, fill_value=len(mine_GK))[:, 0]
-    g_of_entry_M = flat_of_entry_M // num_choices
-    token_of_entry_M = _with_last(tokens.token_of_G, -1).index_select(0, g_of_entry_M)
-    slot_of_entry_M = _with_last(slot_G, num_received).index_select(0, g_of_entry_M)
-    entries = Entries(
-        source_M=g_of_entry_M,
-        mine_M=_with_last(mine_GK, after_mine).index_select(0, flat_of_entry_M),
-        choice_M=flat_of_entry_M.sub(g_of_entry_M, alpha=num_choices),
-    )
-    key_of_row_M, order = rows_in_order(entries, token_of_entry_M, slot_of_entry_M, tokens.num_tokens)
-    first_entry_R = _starts_and_rest(slot_of_entry_M, num_received)
+    entries = Entries.of_flat(flat_of_entry_M, _with_last(mine_GK, after_mine), num_choices)
+    torch.index_select(_with_last(tokens.token_of_G, -1), 0, entries.source_M, out=entries.token_M)
+    torch.index_select(_with_last(slot_G, num_received), 0, entries.source_M, out=entries.received_M)
+    key_of_row_M, order = rows_in_order(entries, tokens.num_tokens)
+    first_entry_R = _starts_and_rest(entries.received_M, num_received)
     return rows_per_expert(key_of_row_M, tokens), RowIndex(**order, first_entry_R=first_entry_R)
 
 
 def needed_sizes(id_GK: Tensor, tokens: GroupTokens) -> Tensor:
     """(2,) the most rows that any rank has for any rank, and the most rows that any rank's experts get."""
     ranks = len(tokens.rank_of_peer)
-    to_GK = tokens.peer_of_id_E.index_select(0, id_GK.flatten()).view(id_GK.shape)
+    to_GK = tokens.peer_of_id.take(id_GK)
     ones_GK = torch.ones_like(to_GK)
     rows_P = to_GK.new_zeros(ranks + 1).scatter_add_(0, to_GK.flatten(), ones_GK.flatten())[1:]
     sorted_GK = to_GK.sort(1).values

@@ -54,7 +54,7 @@ class RowFormat:
 
     def gather(self, row_of_N: Tensor, row_tensors: Sequence[Tensor], out: Tensor) -> None:
         """:meth:`pack` of rows ``row_of_N`` of the tensors into ``out``, (N, bytes of a row), in one pass."""
-        if len(row_tensors[0]) and runs_fused(out, *row_tensors):  # else zeros, see take_rows
+        if row_tensors[0].shape[0] and runs_fused(out, *row_tensors):  # else zeros, see take_rows
             parts = [with_dense_rows(self._as_units(rows)) for rows in row_tensors]
             launched().pack(parts, row_of_N, out.view(self._unit))
             return

@@ -76,7 +76,7 @@ def _check_rows(y_MD: Tensor, metadata: Plan, weight_M: Tensor | None) -> None:
     if problem := problem_of_dtensors(y_MD=y_MD, weight_M=weight_M):
         raise ValueError(f"rank {metadata.rank}: {problem}")
     num_rows = metadata.num_rows
-    if y_MD.ndim != 2 or len(y_MD) != num_rows or not y_MD.is_floating_point():
+    if y_MD.ndim != 2 or y_MD.shape[0] != num_rows or not y_MD.is_floating_point():
         raise ValueError(
             f"rank {metadata.rank}: y is {tuple(y_MD.shape)} of {y_MD.dtype}, but the plan has {num_rows} rows; "
             "pass one floating-point row per row of dispatch, in its order"

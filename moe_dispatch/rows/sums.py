@@ -66,7 +66,7 @@ def dot_rows(a_ND: Tensor, b_RD: Tensor, row_of_b_N: Tensor) -> Tensor:
     out_N = torch.empty(len(a_ND), dtype=dtype, device=a_ND.device)
     rows = max(at_once // max(a_ND.shape[1], 1), 1)
     for out, a, row_of_b in zip(out_N.split(rows), a_ND.split(rows), row_of_b_N.split(rows), strict=True):
-        product = b_RD.index_select(0, row_of_b).to(dtype).mul_(a.to(dtype))
+        product = b_RD.index_select(0, row_of_b).to(dtype).mul_(a)
         torch.sum(product, 1, out=out)
     return out_N
 
@@ -84,8 +84,10 @@ def _sum_weighted(rows_ND: Tensor, weight_N: Tensor, row_of_entry: Tensor, first
 
 
 def _bfloat16_parts(weight_N: Tensor) -> Tensor:
-    parts, rest_N = [], weight_N
-    for _ in range(BFLOAT16_PARTS):
-        parts.append(rest_N.to(torch.bfloat16))
-        rest_N = rest_N - parts[-1].to(torch.float32)
-    return torch.stack(parts, 1)
+    """(N, parts): bfloat16 numbers whose sums are these float32 numbers."""
+    parts_NP, rest_N = weight_N.new_empty(len(weight_N), BFLOAT16_PARTS, dtype=torch.bfloat16), weight_N
+    for part_N in parts_NP.unbind(1)[:-1]:
+        part_N.copy_(rest_N)
+        rest_N = rest_N - part_N
+    parts_NP[:, -1] = rest_N
+    return parts_NP

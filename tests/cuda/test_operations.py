@@ -18,6 +18,21 @@ def test_an_operation_is_right_and_does_what_the_page_says(operation: Operation,
         pytest.fail(f"docs/device.md has another row: {found}")
 
 
+# Kernels of a layer's own operations, forward and backward: each is at least a launch, some 5 us of the host.
+MOST_KERNELS = {
+    "plan_dispatch": (40, 0),
+    "plan_dispatch by counts": (40, 0),
+    "dispatch, combine by plan_dispatch": (16, 24),
+}
+
+
+@pytest.mark.parametrize("name", MOST_KERNELS)
+def test_a_layer_launches_no_more_kernels_than_this(name: str) -> None:
+    (cells,) = [line.split(" | ") for line in PAGE.read_text().splitlines() if line.startswith(f"| `{name}` |")]
+    assert int(cells[1]) <= MOST_KERNELS[name][0]
+    assert int(cells[5]) <= MOST_KERNELS[name][1]
+
+
 def test_the_page_has_a_row_for_each_operation_and_no_other() -> None:
     page = PAGE.read_text()
     rows = [line for line in page.splitlines() if line.startswith("| `")]

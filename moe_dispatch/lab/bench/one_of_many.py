@@ -21,7 +21,7 @@ from ...plan.counts.facts import message_bytes
 from ...plan.counts.riding import RidingIndex
 from ...plan.counts.rule import NUMBER_STEPS, riding_steps
 from ...plan.ids.by_ids import ByIds
-from ...plan.ids.format import STEP, IdFormat
+from ...plan.ids.format import NO_EXPERT, STEP, IdFormat
 from ...plan.terms import Terms
 from .config import PlanOfManyConfig
 from .memory import allocator_in_force
@@ -82,8 +82,8 @@ class OneOfMany:
         rank_of_sent_S = peers.repeat_interleave(torch.tensor(plan.rows_sent)[peers])
         first_S = torch.tensor(self.experts.offsets)[rank_of_sent_S].unsqueeze(1)
         of_rank_SK = id_SK - first_S
-        last_S = torch.tensor(self.experts.sizes)[rank_of_sent_S].unsqueeze(1)
-        id_SK.copy_(of_rank_SK.where((of_rank_SK >= 1) & (of_rank_SK <= last_S), 0))
+        size_S = torch.tensor(self.experts.sizes)[rank_of_sent_S].unsqueeze(1)
+        id_SK.copy_(of_rank_SK.where((of_rank_SK >= 0) & (of_rank_SK < size_S), NO_EXPERT))
         return told_SW
 
     def received(self, name: str, plan: DispatchMetadata) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor
 from ...wire.agreement import BAD, Statement
 from ...wire.policies import unseen_by_policies
 from ..host_copy import HostCopy
-from ..ids.checks import ids_and_word, ids_or_refusal, raise_by_words
+from ..ids.checks import checked_ids, ids_or_refusal, raise_by_words
 from ..metadata import DispatchMetadata
 from ..terms import Terms
 from .facts import CountsFacts
@@ -36,15 +36,14 @@ class ByCounts:
         expert_BlK = ids_or_refusal(self, expert_BlK, weight_BlK, terms, group)
         rank, ranks, sharding = group.rank(), group.size(), terms.sharding
         facts = CountsFacts.of(terms, rank, expert_BlK.shape[2], expert_BlK.device)
-        id_tK, word = ids_and_word(expert_BlK, weight_BlK, facts.num_experts, facts.expected)
+        id_tK, is_bad = checked_ids(expert_BlK, weight_BlK, facts.num_experts)
         sent_rows = SentByChoice.of(id_tK, facts)
         sent_P = sent_rows.count_P
-        exchange = CountsExchange.start(id_tK, sent_P, word, facts, group)
+        exchange = CountsExchange.start(id_tK, sent_P, is_bad, facts, group)
         told_tW = told_of_tokens(id_tK, facts)
         word_P, received_P, choices_e = exchange.wait()
         # The one copy to the host.
         copied = HostCopy.start(torch.cat([word_P, sent_P, received_P, choices_e.sum(0, keepdim=True)]))
-        kept_BlK = expert_BlK.clone()
         counts = copied.read()
         words, rows_sent, rows_received = (tuple(counts[i * ranks : (i + 1) * ranks]) for i in range(3))
         if set(words) != {facts.expected}:
@@ -57,7 +56,7 @@ class ByCounts:
             group=group,
             rows_sent=rows_sent,
             rows_received=rows_received,
-            expert_BlK=kept_BlK,
+            expert_BlK=id_tK.view(expert_BlK.shape),
             rows_per_expert_e=choices_e,
             **sent_rows.index(sum(rows_sent)),
             row_index=RidingIndex(facts, counts[-1], told_tW),

@@ -28,10 +28,11 @@ class CountsFacts:
         message_steps: of 4 bytes, from each rank to each.
         rank_P1: all ranks, and "no rank", which is behind the last.
         peer_of_rank_P1: of each, and the number of ranks for "no rank".
-        rank_of_id_E1: rank of each expert, by id plus one; "no rank" for "no expert".
-        mine_of_id_E1: 1 + number of each expert among this rank's; 0 for all others.
-        step_of_id_E1: where choices of each expert are counted among all messages, by id plus one; those of "no
-            expert" where a word is written later.
+        rank_of_id: table of the rank of each expert; "no rank" for "no expert".
+        mine_of_id: table of 1 + number of each expert among this rank's; 0 for all others.
+        step_of_id: table of where choices of each expert are counted among all messages; those of "no expert" where a
+            word is written later.
+        one: a choice, as it is counted.
         number_t: global token of this rank's tokens, int32.
     """
 
@@ -45,14 +46,15 @@ class CountsFacts:
     message_steps: int
     rank_P1: Tensor
     peer_of_rank_P1: Tensor
-    rank_of_id_E1: Tensor
-    mine_of_id_E1: Tensor
-    step_of_id_E1: Tensor
+    rank_of_id: Tensor
+    mine_of_id: Tensor
+    step_of_id: Tensor
+    one: Tensor
     number_t: Tensor
 
     @property
     def num_ranks(self) -> int:
-        return len(self.peer_of_rank_P1) - 1
+        return self.peer_of_rank_P1.shape[0] - 1
 
     @classmethod
     def of(cls, terms: Terms, rank: int, num_choices: int, device: torch.device) -> "CountsFacts":
@@ -83,6 +85,7 @@ class CountsFacts:
         number_of_expert_E = expert_E - offset_P[rank_of_expert_E]  # among those of its rank
         step_of_expert_E = rank_of_expert_E * steps + HEAD_STEPS + number_of_expert_E
         mine_of_expert_E = (rank_of_expert_E == rank) * (number_of_expert_E + 1)
+        id_format = IdFormat.of(num_choices, experts.total)
         return cls(
             facts=facts,
             expected=digest(facts),
@@ -90,13 +93,14 @@ class CountsFacts:
             num_experts=experts.total,
             num_tokens=terms.sharding.num_tokens,
             num_mine=experts.sizes[rank],
-            id_format=IdFormat.of(num_choices, experts.total),
+            id_format=id_format,
             message_steps=steps,
             rank_P1=rank_P1,
             peer_of_rank_P1=peer_of_rank_P1.index_fill_(0, rank_P1[-1:], ranks),
-            rank_of_id_E1=torch.cat([rank_P1[-1:], rank_of_expert_E]),
-            mine_of_id_E1=torch.cat([expert_E.new_zeros(1), mine_of_expert_E]),
-            step_of_id_E1=torch.cat([expert_E.new_zeros(1), step_of_expert_E]),
+            rank_of_id=id_format.table(rank_of_expert_E, ranks),
+            mine_of_id=id_format.table(mine_of_expert_E, 0),
+            step_of_id=id_format.table(step_of_expert_E, 0),
+            one=torch.ones(1, dtype=STEP, device=device),
             number_t=terms.sharding.tokens(rank, device).to(STEP),
         )
 

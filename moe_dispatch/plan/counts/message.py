@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ...wire.agreement import BAD
 from ...wire.exchange import FinishedExchange, PendingExchange, start_exchange
 from ..ids.format import STEP
 from .facts import HEAD_STEPS, CountsFacts
@@ -21,21 +22,19 @@ class CountsExchange:
 
     @classmethod
     def start(
-        cls, id_tK: Tensor, rows_P: Tensor, word: Tensor, facts: CountsFacts, group: dist.ProcessGroup
+        cls, id_tK: Tensor, rows_P: Tensor, is_bad: Tensor, facts: CountsFacts, group: dist.ProcessGroup
     ) -> "CountsExchange":
         """Send a word and counts to every rank.
 
         Args:
-            id_tK: (t, K), an expert id plus one, or 0 for "no expert".
+            id_tK: (t, K), expert ids, -1 for "no expert".
             rows_P: rows for each rank.
-            word: () int64, ``facts.expected``, or what tells of a problem.
+            is_bad: (), whether this rank has a problem. Its word is then BAD, else ``facts.expected``.
         """
-        id_tK = id_tK.flatten()
-        choices_E1 = id_tK.new_zeros(facts.num_experts + 1, dtype=STEP)
-        choices_E1.scatter_add_(0, id_tK, torch.ones_like(id_tK, dtype=STEP))
         message_PW = torch.zeros(facts.num_ranks, facts.message_steps, dtype=STEP, device=id_tK.device)
-        message_PW.view(-1).scatter_(0, facts.step_of_id_E1, choices_E1)
-        message_PW[:, 0] = word
+        step_C = facts.step_of_id.take(id_tK).view(-1)
+        message_PW.view(-1).scatter_add_(0, step_C, facts.one.expand(step_C.shape))
+        message_PW[:, 0].fill_(facts.expected).masked_fill_(is_bad, BAD)
         message_PW[:, 1] = rows_P
         return cls._start(message_PW, facts, group)
 

@@ -42,9 +42,11 @@ class RidingIndex:
 
 
 def told_of_tokens(id_tK: Tensor, facts: CountsFacts) -> Tensor:
-    """(t, W) what rides with each token: its number, and its ids plus one."""
+    """(t, W) what rides with each token: its number, and its ids."""
     steps = riding_steps(facts.num_choices, facts.num_experts)
-    told_tW = torch.empty(len(id_tK), steps, dtype=STEP, device=id_tK.device)  # nobody reads more than K ids of it
+    told_tW = torch.empty(
+        id_tK.shape[0], steps, dtype=STEP, device=id_tK.device
+    )  # nobody reads more than K ids of it
     told_tW[:, 0] = facts.number_t
     told_tW[:, NUMBER_STEPS:].view(facts.id_format.dtype)[:, : facts.num_choices] = id_tK
     return told_tW
@@ -54,8 +56,8 @@ def _index(told_RW: Tensor, facts: CountsFacts, num_rows: int) -> RowIndex:
     """Every received row has a choice here, so entries are those of its choices that fell on my experts."""
     token_of_received_R = told_RW[:, 0].to(torch.int64)
     id_RK = told_RW[:, NUMBER_STEPS:].view(facts.id_format.dtype)[:, : facts.num_choices].to(torch.int64)
-    mine_RK = facts.mine_of_id_E1.index_select(0, id_RK.flatten())
-    entries = Entries.of(mine_RK, num_rows, facts.num_choices)
-    token_of_entry_M = token_of_received_R.index_select(0, entries.source_M)
-    _, order = rows_in_order(entries, token_of_entry_M, entries.source_M, facts.num_tokens)
-    return RowIndex(**order, first_entry_R=first_entries(entries.source_M, len(told_RW)))
+    entries = Entries.of(facts.mine_of_id.take(id_RK).view(-1), num_rows, facts.num_choices)
+    torch.index_select(token_of_received_R, 0, entries.source_M, out=entries.token_M)
+    entries.received_M.copy_(entries.source_M)
+    _, order = rows_in_order(entries, facts.num_tokens)
+    return RowIndex(**order, first_entry_R=first_entries(entries, told_RW.shape[0]))

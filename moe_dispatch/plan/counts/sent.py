@@ -23,10 +23,10 @@ class SentByChoice:
 
     @classmethod
     def of(cls, id_tK: Tensor, facts: CountsFacts) -> "SentByChoice":
-        """``id_tK``: expert ids plus one, 0 for "no expert"."""
+        """``id_tK``: expert ids, -1 for "no expert"."""
         ranks = facts.num_ranks
-        rank_tK = facts.rank_of_id_E1.index_select(0, id_tK.flatten()).view(id_tK.shape).sort(1).values
-        peer_tK = facts.peer_of_rank_P1.index_select(0, rank_tK.flatten()).view(id_tK.shape)
+        rank_tK = facts.rank_of_id.take(id_tK).sort(1).values
+        peer_tK = facts.peer_of_rank_P1.take(rank_tK)
         peer_tK[:, 1:].masked_fill_(rank_tK[:, 1:] == rank_tK[:, :-1], ranks)
         peer_C = peer_tK.flatten()
         sorted_peer_C, place_of_sorted_C = peer_C.sort(stable=True)

@@ -15,8 +15,9 @@ from ..host_copy import HostCopy
 from ..metadata import DispatchMetadata, KnownIndex
 from ..row_index import ReceivedRows, SentRows
 from ..terms import Terms
-from .checks import ids_and_word, ids_or_refusal, raise_by_words
+from .checks import checked_ids, ids_or_refusal, raise_by_words
 from .exchange import IdsExchange
+from .sent_pairs import SentPairs
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,15 +33,14 @@ class ByIds:
         expert_BlK = ids_or_refusal(self, expert_BlK, weight_BlK, terms, group)
         rank, sharding = group.rank(), terms.sharding
         tokens = terms.tokens(rank, expert_BlK.shape[2], expert_BlK.device)
-        id_tK, word = ids_and_word(expert_BlK, weight_BlK, tokens.num_experts, tokens.expected)
-        exchange = IdsExchange.start(id_tK, word, tokens, group)
+        id_tK, is_bad = checked_ids(expert_BlK, weight_BlK, tokens.num_experts)
+        exchange = IdsExchange.start(id_tK, is_bad, tokens, group)
         sent_rows = SentRows.of(id_tK, tokens)
         sent_P = sent_rows.count_P
         id_GK, word_P = exchange.wait()
         received_rows = ReceivedRows.of(id_GK, tokens)
         counts = (word_P, sent_P, received_rows.received_before_P1, received_rows.count_1)
         copied = HostCopy.start(torch.cat(counts))  # the one copy to the host
-        kept_BlK = expert_BlK.clone()
         words, sent, received_before, (num_rows,) = _split(copied.read(), map(len, counts))
         if set(words) != {tokens.expected}:
             raise_by_words(words, tokens.facts, expert_BlK, weight_BlK, terms, group)
@@ -53,9 +53,9 @@ class ByIds:
             group=group,
             rows_sent=tokens.by_rank(sent),
             rows_received=tokens.by_rank([after - before for before, after in pairwise(received_before)]),
-            expert_BlK=kept_BlK,
+            expert_BlK=id_tK.view(expert_BlK.shape),
             rows_per_expert_e=per_expert_e,
-            **sent_rows.index(sum(sent)),
+            **sent_rows.index(sum(sent), SentPairs.of(sharding, rank, expert_BlK.device)),
             row_index=KnownIndex(row_index),
         )
 

@@ -13,7 +13,7 @@ from ...wire.agreement import BAD, Statement
 from ...wire.devices import device_for, problem_of_devices
 from ...wire.local_tensors import problem_of_dtensors
 from ..terms import Terms
-from .format import ID_DTYPES
+from .format import ID_DTYPES, NO_EXPERT
 
 
 class Refusing(Protocol):
@@ -88,20 +88,18 @@ def _last_size(x: Any) -> int:
     return shape[-1] if len(shape) else 0
 
 
-def ids_and_word(
-    expert_BlK: Tensor, weight_BlK: Tensor | None, num_experts: int, expected: int
-) -> tuple[Tensor, Tensor]:
-    """What a rank tells its peers, made on the device, so that a bad value costs no host sync of its own.
+def checked_ids(expert_BlK: Tensor, weight_BlK: Tensor | None, num_experts: int) -> tuple[Tensor, Tensor]:
+    """What a rank plans with, made on the device, so that a bad value costs no host sync of its own.
 
     Returns:
-        (t, K) ids plus one, clamped to the experts there are, and () int64: ``expected``, or BAD.
+        (t, K) a copy of the ids, clamped to the experts there are, and (): whether an id or a weight is bad.
     """
-    wanted_tK = expert_BlK.flatten(0, 1) + 1
-    id_tK = wanted_tK.clamp(0, num_experts)
-    bad_tK = wanted_tK != id_tK
+    expert_tK = expert_BlK.flatten(0, 1)
+    id_tK = expert_tK.clamp(NO_EXPERT, num_experts - 1)
+    bad_tK = expert_tK != id_tK
     if weight_BlK is not None:
         bad_tK = bad_tK.logical_or_(weight_BlK.isnan().flatten(0, 1))
-    return id_tK, torch.full((), expected, device=id_tK.device).masked_fill_(bad_tK.any(), BAD)
+    return id_tK, bad_tK.any()
 
 
 def _problem_of_values(expert_BlK: Tensor, weight_BlK: Tensor | None, experts: Partition) -> str:

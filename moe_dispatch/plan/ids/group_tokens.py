@@ -30,10 +30,10 @@ class GroupTokens:
         id_format: how ids travel.
         message_steps: steps that each rank sends to each other, by rank.
         rank_of_peer_P: on the device.
-        peer_of_id_E: 1 + peer of each expert's rank, by id plus one; 0 for "no expert".
-        mine_of_id_E: 1 + number of each expert among this rank's; 0 for all others.
-        step_of_word_P: where each rank's word is among the steps of all messages, by rank.
-        step_of_ids_GS: the same for the steps of all tokens' ids.
+        peer_of_id: table of 1 + peer of each expert's rank; 0 for "no expert".
+        mine_of_id: table of 1 + number of each expert among this rank's; 0 for all others.
+        step_of_ids_and_words: where the ids of each token are among the steps of all messages, token after token, and
+            then where each rank's word is, by rank.
         token_of_G, peer_of_G: global token, and the peer that holds it.
         start_P1: where the tokens of each peer start, and the end of all.
         first_key_e1: ``mine * num_tokens`` of this rank's experts, and of what follows the last.
@@ -48,10 +48,9 @@ class GroupTokens:
     id_format: IdFormat
     message_steps: tuple[int, ...]
     rank_of_peer_P: Tensor
-    peer_of_id_E: Tensor
-    mine_of_id_E: Tensor
-    step_of_word_P: Tensor
-    step_of_ids_GS: Tensor
+    peer_of_id: Tensor
+    mine_of_id: Tensor
+    step_of_ids_and_words: Tensor
     token_of_G: Tensor
     peer_of_G: Tensor
     start_P1: Tensor
@@ -104,10 +103,9 @@ class GroupTokens:
             id_format=id_format,
             message_steps=message_steps,
             rank_of_peer_P=rank_of_peer_P,
-            peer_of_id_E=torch.cat([expert_E.new_zeros(1), peer_of_rank_P[experts.owner(expert_E)] + 1]),
-            mine_of_id_E=torch.cat([expert_E.new_zeros(1), mine_E * (expert_E - first + 1)]),
-            step_of_word_P=begins_P2[:, 0].contiguous(),
-            step_of_ids_GS=step_of_ids_GS.flatten(),
+            peer_of_id=id_format.table(peer_of_rank_P[experts.owner(expert_E)] + 1, 0),
+            mine_of_id=id_format.table(mine_E * (expert_E - first + 1), 0),
+            step_of_ids_and_words=torch.cat([step_of_ids_GS.flatten(), begins_P2[:, 0]]),
             token_of_G=stacked_tokens(sharding, device)[stacked_of_G],
             peer_of_G=peer_of_rank_P[rank_of_G[stacked_of_G]],
             start_P1=ints_on([0, *accumulate(map(sizes.__getitem__, rank_of_peer))], device),

@@ -143,9 +143,11 @@ def check_indices() -> None:
         for is_fused in (False, True):
             with fused(is_fused) as asked:
                 entries = row_index.Entries.of(mine_GK, num_rows, num_choices)
-                key_M, in_order = row_index.rows_in_order(entries, entries.source_M * 2, entries.source_M + 1, 700)
+                entries.token_M.copy_(entries.source_M * 2)
+                entries.received_M.copy_(entries.source_M + 1)
+                key_M, in_order = row_index.rows_in_order(entries, 700)
             assert len(asked) == 2
-            found.append([entries.source_M, entries.mine_M, entries.choice_M, key_M, *in_order.values()])
+            found.append([entries.source_M, entries.mine_M, entries.told_3M, key_M, *in_order.values()])
         assert len(found[0][0]) == num_rows
         for plain, one_pass in zip(*found, strict=True):
             assert torch.equal(plain, one_pass)
