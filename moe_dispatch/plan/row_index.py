@@ -176,8 +176,10 @@ def rows_per_expert(key_of_row_M: Tensor, tokens: GroupTokens) -> Tensor:
 
 
 def first_entries(entries: Entries, num_received: int) -> Tensor:
-    """Where the entries of each received row start. Every one has an entry, so it is no more rows than entries."""
-    return torch.searchsorted(entries.received_M, entries.number_M[:num_received])
+    """Where the entries of each received row start. Every one has an entry, so the least is the first; ``starts``
+    takes 5 times as long."""
+    first_R = entries.number_M.new_full((num_received,), entries.number_M.shape[0])
+    return first_R.scatter_reduce_(0, entries.received_M, entries.number_M, "amin")
 
 
 def starts(key_of_entry: Tensor, num_things: int, step: int = 1) -> Tensor:

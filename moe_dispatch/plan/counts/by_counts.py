@@ -34,7 +34,7 @@ class ByCounts:
     ) -> DispatchMetadata:
         """See :func:`plan_dispatch`."""
         expert_BlK = ids_or_refusal(self, expert_BlK, weight_BlK, terms, group)
-        rank, ranks, sharding = group.rank(), group.size(), terms.sharding
+        rank, sharding = group.rank(), terms.sharding
         facts = CountsFacts.of(terms, rank, expert_BlK.shape[2], expert_BlK.device)
         id_tK, is_bad = checked_ids(expert_BlK, weight_BlK, facts.num_experts)
         sent_rows = SentByChoice.of(id_tK, facts)
@@ -42,10 +42,10 @@ class ByCounts:
         exchange = CountsExchange.start(id_tK, sent_P, is_bad, facts, group)
         told_tW = told_of_tokens(id_tK, facts)
         word_P, received_P, choices_e = exchange.wait()
-        # The one copy to the host.
-        copied = HostCopy.start(torch.cat([word_P, sent_P, received_P, choices_e.sum(0, keepdim=True)]))
-        counts = copied.read()
-        words, rows_sent, rows_received = (tuple(counts[i * ranks : (i + 1) * ranks]) for i in range(3))
+        copied = HostCopy.start(
+            sent_P, choices_e.sum(0, keepdim=True), word_P, received_P
+        )  # the one copy to the host
+        sent, (num_rows,), words, received = copied.read()
         if set(words) != {facts.expected}:
             raise_by_words(words, facts.facts, expert_BlK, weight_BlK, terms, group)
         return DispatchMetadata(
@@ -54,12 +54,12 @@ class ByCounts:
             experts=terms.experts,
             rank=rank,
             group=group,
-            rows_sent=rows_sent,
-            rows_received=rows_received,
+            rows_sent=tuple(sent),
+            rows_received=tuple(received),
             expert_BlK=id_tK.view(expert_BlK.shape),
             rows_per_expert_e=choices_e,
-            **sent_rows.index(sum(rows_sent)),
-            row_index=RidingIndex(facts, counts[-1], told_tW),
+            **sent_rows.index(sum(sent)),
+            row_index=RidingIndex(facts, num_rows, told_tW),
         )
 
     @torch.no_grad()

@@ -1,6 +1,5 @@
 """The plan by ids: every rank gets all ids of the group first, and knows from them which rows come to it."""
 
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NoReturn
@@ -39,9 +38,9 @@ class ByIds:
         sent_P = sent_rows.count_P
         id_GK, word_P = exchange.wait()
         received_rows = ReceivedRows.of(id_GK, tokens)
-        counts = (word_P, sent_P, received_rows.received_before_P1, received_rows.count_1)
-        copied = HostCopy.start(torch.cat(counts))  # the one copy to the host
-        words, sent, received_before, (num_rows,) = _split(copied.read(), map(len, counts))
+        # The one copy to the host.
+        copied = HostCopy.start(sent_P, received_rows.received_before_P1, received_rows.count_1, word_P)
+        sent, received_before, (num_rows,), words = copied.read()
         if set(words) != {tokens.expected}:
             raise_by_words(words, tokens.facts, expert_BlK, weight_BlK, terms, group)
         per_expert_e, row_index = received_rows.index(received_before[-1], num_rows)
@@ -74,10 +73,3 @@ class ByIds:
         tokens = terms.tokens(group.rank(), num_choices, device)
         IdsExchange.refuse(BAD, tokens, terms.sharding.local_sizes[group.rank()], group, device)
         Statement("", problem).raise_on_every_rank(device=device, group=group)
-
-
-def _split(values: list[int], sizes: Iterable[int]) -> Iterator[tuple[int, ...]]:
-    start = 0
-    for size in sizes:
-        yield tuple(values[start : start + size])
-        start += size

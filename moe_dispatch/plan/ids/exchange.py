@@ -55,10 +55,10 @@ class IdsExchange:
 
     def wait(self) -> tuple[Tensor, Tensor]:
         """(G, K) ids of the group's tokens, in the order of ``tokens``, for tables (:meth:`IdFormat.table`); and the
-        words of all ranks, (ranks,) int64."""
+        words of all ranks, (ranks,)."""
         tokens, ids = self.tokens, self.tokens.id_format
         # A peer that believes in more experts is found out by its word, after these ids have been used as indices.
         steps = self.pending.wait().index_select(0, tokens.step_of_ids_and_words)
         steps_GS, word_P = steps.split_with_sizes([tokens.token_of_G.shape[0] * ids.steps, len(tokens.message_steps)])
         id_GK = steps_GS.view(ids.dtype).view(-1, ids.ids_of_token)[:, : tokens.num_choices]
-        return id_GK.to(torch.int64), word_P.to(torch.int64)
+        return id_GK.to(torch.int64), word_P
