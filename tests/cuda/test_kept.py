@@ -1,5 +1,7 @@
 """What a sharding keeps on a device: made without a wait, and taken by other streams when it is there."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 
@@ -23,22 +25,37 @@ def test_what_is_kept_is_made_of_numbers_that_nobody_waits_for(operation: Operat
     results_on_cuda(case, RANKS)
 
 
-def test_another_stream_waits_until_it_is_made() -> None:
+@dataclass
+class Kept:
+    numbers: torch.Tensor
+    more: tuple[torch.Tensor, int, torch.Tensor]
+
+
+def test_another_stream_waits_until_it_is_made_and_its_memory_waits_for_that_stream() -> None:
     def case(rank: int, gpu: FakeGpu) -> None:
         sharding, made_on, other = TokenSharding(batch=2, seq=Partition((3,))), CudaStream(), CudaStream()
         gpu.stream = made_on
 
-        def take() -> torch.Tensor:
-            return sharding.keep(("numbers", CUDA), lambda: torch.arange(3, device=CUDA))
+        def numbers() -> torch.Tensor:
+            return torch.arange(3, device=CUDA)
+
+        def take() -> Kept:
+            return sharding.keep(
+                ("numbers", CUDA), lambda: Kept(numbers(), (numbers(), 2, torch.zeros(2, device="cpu")))
+            )
 
         made = take()
         assert take() is made
         assert not made_on.waited_for
+        assert not made_on.uses
         gpu.stream = other
         assert take() is made
+        assert take() is made
         assert len(other.waited_for) == 1
+        assert [id(x) for x in other.uses] == [id(made.numbers), id(made.more[0])]
         gpu.stream = CudaStream(is_capturing=True)
         assert take() is made
+        assert not gpu.stream.uses
 
     results_on_cuda(case, 1)
 

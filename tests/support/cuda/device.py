@@ -64,6 +64,9 @@ class CudaTensor(Tensor):
             return self.host.detach().to(dtype=dtype, copy=True)
         return self if dtype in (None, self.dtype) else Tensor.to(self, dtype)
 
+    def record_stream(self, stream: Any) -> None:
+        stream.uses.append(self)
+
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         gpu = next(x.gpu for x in _tensors_of([args, kwargs]) if isinstance(x, CudaTensor))
@@ -81,11 +84,13 @@ def is_pinned(x: Tensor) -> bool:
 
 
 class CudaStream:
-    """A stream that keeps no order: it tells what it was made to wait for, and whether a graph is captured on it."""
+    """A stream that keeps no order: it tells what it was made to wait for, what has to outlive its kernels, and
+    whether a graph is captured on it."""
 
     def __init__(self, *, is_capturing: bool = False) -> None:
         self.is_capturing = is_capturing
         self.waited_for: list[object] = []
+        self.uses: list[Tensor] = []
 
     def wait_event(self, event: object) -> None:
         assert not self.is_capturing, "an event from before the capture of a graph"

@@ -82,10 +82,6 @@ class CudaEvent:
     def record(self, stream: Any = None) -> None:
         self._gpu = current_gpu()
 
-    def query(self) -> bool:
-        """Not yet: the worst there can be."""
-        return False
-
     def synchronize(self) -> None:
         self._gpu.wait()
         self._gpu.arrive()
