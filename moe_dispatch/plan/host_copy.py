@@ -25,7 +25,7 @@ class HostCopy:
         # An int64 is two of int32, as tensors of several dtypes would be a launch each.
         x_N = torch.cat([part.view(torch.int32) for part in parts_N])
         if x_N.device.type != "cuda":
-            return cls(x_N, None, parts_N)
+            return cls(x_N.cpu(), None, parts_N)
         values, there = torch.empty(x_N.shape, dtype=x_N.dtype, device="cpu", pin_memory=True), torch.cuda.Event()
         values.copy_(x_N, non_blocking=True)
         there.record(torch.cuda.current_stream(x_N.device))

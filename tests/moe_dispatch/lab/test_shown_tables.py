@@ -107,7 +107,7 @@ def test_pages_show_the_table_of_mutants() -> None:
 
 
 NUMBERS = re.compile(
-    r"(?P<workload>[a-e]|) +(?P<name>ours|experts weigh|textbook|rank floor|choice floor|floor) +"
+    r"(?P<workload>[a-e]|) +(?P<name>ours|experts weigh|textbook|(rank |planned |choice |)floor) +"
     r"(?P<f>[\d.]+) \((?P<f_least>[\d.]+)\) +[\d.]+ +(?P<b>[\d.]+) \((?P<b_least>[\d.]+)\) +[\d.]+"
     r"( +(?P<wire>[\d.]+ \+ [\d.]+) +(?P<calls>\d \+ \d) +(?P<syncs>\d \+ \d) +(?P<kept>[\d.]+) +(?P<peak>[\d.]+))?"
 )

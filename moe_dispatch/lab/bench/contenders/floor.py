@@ -16,10 +16,14 @@ from torch import Tensor
 
 from sp_attention import scaled_dot_product
 
+from ....plan.ids.format import STEP, IdFormat
 from ..workloads.attention import AttentionWorkload
 from ..workloads.dispatch import DispatchWorkload
 from ..workloads.of_config import Workload
 from ..workloads.ulysses import UlyssesWorkload
+
+# Rows to send, buffer for what comes, rows to each rank, rows from each rank.
+Way = tuple[Tensor, Tensor, list[int], list[int]]
 
 
 class Floor(Protocol):
@@ -33,22 +37,30 @@ class Floor(Protocol):
 class BareExchange:
     """Rows there and back in forward, there and back again in backward; nothing is gathered, copied or summed."""
 
-    def __init__(
-        self,
-        there: tuple[Tensor, Tensor, list[int], list[int]],
-        back: tuple[Tensor, Tensor, list[int], list[int]],
-        group: dist.ProcessGroup,
-    ) -> None:
-        """Each way: rows to send, buffer for what comes, rows to each rank, rows from each rank."""
+    def __init__(self, there: Way, back: Way, group: dist.ProcessGroup) -> None:
         self.ways, self.group = (there, back), group
 
     def forward(self) -> None:
-        for rows, out, sent, received in self.ways:
-            dist.all_to_all_single(out, rows, received, sent, group=self.group)
+        self._move(self.ways)
 
     def backward(self, out: None) -> None:
         """The gradient of ``back`` takes the way of ``there``, and the other way round: the same two calls."""
-        self.forward()
+        self._move(self.ways)
+
+    def _move(self, ways: Sequence[Way]) -> None:
+        for rows, out, sent, received in ways:
+            dist.all_to_all_single(out, rows, received, sent, group=self.group)
+
+
+class PlannedExchange(BareExchange):
+    """The same, after an exchange of what a plan sends, forward."""
+
+    def __init__(self, plan: Way, there: Way, back: Way, group: dist.ProcessGroup) -> None:
+        super().__init__(there, back, group)
+        self.plan = plan
+
+    def forward(self) -> None:
+        self._move((self.plan, *self.ways))
 
 
 class BareAttention:
@@ -81,10 +93,9 @@ def floors_of(workload: Workload, group: dist.ProcessGroup) -> dict[str, Floor]:
         return {"floor": BareAttention(workload, group)}
     if isinstance(workload, UlyssesWorkload):
         return {"floor": _ulysses_floor(workload, group)}
-    return {
-        "rank floor": _row_floor(workload, group, once=True),
-        "choice floor": _row_floor(workload, group, once=False),
-    }
+    by_rank, by_choice = (BareExchange(*_ways(workload, group, once=once), group) for once in (True, False))
+    planned = PlannedExchange(_way_of_ids(workload, group), *by_rank.ways, group)
+    return {"rank floor": by_rank, "planned floor": planned, "choice floor": by_choice}
 
 
 def rows_between(workload: DispatchWorkload, *, once: bool) -> list[list[int]]:
@@ -98,11 +109,21 @@ def rows_between(workload: DispatchWorkload, *, once: bool) -> list[list[int]]:
     return counts
 
 
-def _row_floor(workload: DispatchWorkload, group: dist.ProcessGroup, *, once: bool) -> BareExchange:
+def _ways(workload: DispatchWorkload, group: dist.ProcessGroup, *, once: bool) -> tuple[Way, Way]:
+    """There and back."""
     counts, rank = rows_between(workload, once=once), group.rank()
     sent, received = counts[rank], [row[rank] for row in counts]
     here_SD, there_RD = (torch.ones(sum(n), workload.dim, dtype=workload.dtype) for n in (sent, received))
-    return BareExchange((here_SD, there_RD, sent, received), (there_RD, here_SD, received, sent), group)
+    return (here_SD, there_RD, sent, received), (there_RD, here_SD, received, sent)
+
+
+def _way_of_ids(workload: DispatchWorkload, group: dist.ProcessGroup) -> Way:
+    """The ids of every rank to every rank, as a plan by ids sends them."""
+    id_format, sizes = IdFormat.of(workload.top_k, workload.experts.total), workload.sharding.local_sizes
+    received = [id_format.message_steps(tokens) for tokens in sizes]
+    sent = [received[group.rank()]] * len(sizes)
+    here, there = (torch.ones(sum(steps), dtype=STEP) for steps in (sent, received))
+    return here, there, sent, received
 
 
 def _ulysses_floor(workload: UlyssesWorkload, group: dist.ProcessGroup) -> BareExchange:

@@ -27,7 +27,7 @@ def test_a_run_prints_a_table_and_writes_json_and_a_plot(tmp_path: Path, capsys:
     assert cli.main([*argv, "--json", str(json_path), "--plot", str(plot_path), "--profile"]) == 0
     assert dict(os.environ) == before
     out = capsys.readouterr().out
-    for row in ("ours", "textbook", "Careful", "rank floor", "choice floor"):
+    for row in ("ours", "textbook", "Careful", "rank floor", "planned floor", "choice floor"):
         assert re.search(rf"{row} +\d+\.\d \(\d+\.\d\) +\d", out), (row, out)
     assert "uneven, Zipf: 2 ranks, tokens 48+0, D 16, E 5, K 3, bfloat16, Zipf 1" in out
     assert all(f"{name}={value}" in out for name, value in ALLOCATOR)
@@ -42,7 +42,7 @@ def test_a_run_prints_a_table_and_writes_json_and_a_plot(tmp_path: Path, capsys:
     (workload,) = document["workloads"]
     ours, weighing, textbook, careful, *floors = workload["lines"]
     assert weighing["name"] == "experts weigh"
-    assert [floor["name"] for floor in floors] == ["rank floor", "choice floor"]
+    assert [floor["name"] for floor in floors] == ["rank floor", "planned floor", "choice floor"]
     assert ours["forward"] == careful["forward"]
     assert (ours["forward"]["collectives"], ours["forward"]["host_syncs"]) == (3, 1)
     assert (ours["backward"]["collectives"], ours["backward"]["host_syncs"]) == (2, 0)
