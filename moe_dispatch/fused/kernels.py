@@ -122,15 +122,31 @@ def dots(
 
 
 @triton.jit
-def entries(flat_of, mine_of, count, K, source_out, mine_out, choice_out, BLOCK: tl.constexpr):
-    """source_out[i], choice_out[i] = divmod(flat_of[i], K), and mine_out[i] = mine_of[flat_of[i]]."""
+def entries(
+    flat_of,
+    mine_of,
+    token_of,
+    received_of,
+    count,
+    K,
+    num_tokens,
+    key_out,
+    token_out,
+    received_out,
+    choice_out,
+    BLOCK: tl.constexpr,
+):
+    """source, choice_out[i] = divmod(flat_of[i], K); of the source the token and the received row; and
+    key_out[i] = mine_of[flat_of[i]] * num_tokens + token_out[i]."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < count
     flat = tl.load(flat_of + i, mask=inside, other=0)
     source = flat // K
-    tl.store(source_out + i, source, mask=inside)
+    token = tl.load(token_of + source, mask=inside, other=0)
+    tl.store(token_out + i, token, mask=inside)
+    tl.store(received_out + i, tl.load(received_of + source, mask=inside, other=0), mask=inside)
     tl.store(choice_out + i, flat - source * K, mask=inside)
-    tl.store(mine_out + i, tl.load(mine_of + flat, mask=inside, other=0), mask=inside)
+    tl.store(key_out + i, tl.load(mine_of + flat, mask=inside, other=0) * num_tokens + token, mask=inside)
 
 
 @triton.jit

@@ -101,22 +101,34 @@ def dots(a_ND: Tensor, b_RD: Tensor, row_of_b_N: Tensor, dtype: torch.dtype) -> 
     return out_N
 
 
-def entries(flat_M: Tensor, mine_GK: Tensor, num_choices: int, choice_M: Tensor) -> tuple[Tensor, Tensor]:
-    """(M,) each: the source of each entry, and its ``mine_GK``. Its choice is written to ``choice_M``, dense."""
-    source_M, mine_M = torch.empty_like(flat_M), torch.empty_like(flat_M)
+def entries(
+    flat_M: Tensor,
+    mine_GK: Tensor,
+    token_of_source: Tensor,
+    received_of_source: Tensor,
+    num_choices: int,
+    num_tokens: int,
+    told_3M: Tensor,
+) -> Tensor:
+    """(M,) the key of each entry, as ``Entries.of`` has it, which also writes ``told_3M``; all int64."""
+    key_M = torch.empty_like(flat_M, memory_format=torch.contiguous_format)
     with torch.cuda.device_of(flat_M):
         if len(flat_M):
             kernels.entries[_programs(flat_M)](
-                flat_M,
+                flat_M.contiguous(),
                 mine_GK.contiguous(),
+                token_of_source.contiguous(),
+                received_of_source.contiguous(),
                 len(flat_M),
                 num_choices,
-                source_M,
-                mine_M,
-                choice_M,
+                num_tokens,
+                key_M,
+                told_3M[0],
+                told_3M[1],
+                told_3M[2],
                 **_constants(BLOCK=INDICES),
             )
-    return source_M, mine_M
+    return key_M
 
 
 def reorder(entry_of_row_M: Tensor, told_3M: Tensor) -> tuple[Tensor, Tensor]:

@@ -95,10 +95,15 @@ class ReceivedRows:
 
     def index(self, num_received: int, num_rows: int) -> tuple[Tensor, RowIndex]:
         """How many rows each of my experts got, (e,); and received rows -> rows of my experts, and back."""
-        entries = Entries.of(self.mine_GK, num_rows, self.tokens.num_choices)
-        torch.index_select(self.tokens.token_of_G, 0, entries.source_M, out=entries.token_M)
-        torch.index_select(self.received_before_G1, 0, entries.source_M, out=entries.received_M)
-        key_of_row_M, order = rows_in_order(entries, self.tokens.num_tokens)
+        entries = Entries.of(
+            torch.nonzero_static(self.mine_GK, size=num_rows)[:, 0],
+            self.mine_GK,
+            token_of_source=self.tokens.token_of_G,
+            received_of_source=self.received_before_G1,
+            num_choices=self.tokens.num_choices,
+            num_tokens=self.tokens.num_tokens,
+        )
+        key_of_row_M, order = rows_in_order(entries)
         first_entry_R = first_entries(entries, num_received)
         return rows_per_expert(key_of_row_M, self.tokens), RowIndex(**order, first_entry_R=first_entry_R)
 
@@ -109,49 +114,57 @@ class Entries:
 
     Attributes:
         number_M: 0, 1, ...
-        source_M: the source of each.
-        mine_M: 1 + my expert; larger than all where an entry belongs to none.
-        told_3M: global token, received row, and which of its token's K choices each is. The first two are the
-            caller's to write.
+        key_M: orders them by expert, then global token: ``mine * num_tokens + token``.
+        told_3M: global token, received row, and which of its token's K choices each is.
     """
 
     number_M: Tensor
-    source_M: Tensor
-    mine_M: Tensor
+    key_M: Tensor
     told_3M: Tensor
-
-    @property
-    def token_M(self) -> Tensor:
-        return self.told_3M[0]
 
     @property
     def received_M(self) -> Tensor:
         return self.told_3M[1]
 
     @classmethod
-    def of(cls, mine_GK: Tensor, num_rows: int, num_choices: int) -> "Entries":
-        """``mine_GK``: flat, 1 + my expert of each choice of each source, 0 for others; ``num_rows`` of them are."""
-        # Choices are in (source, choice) order, so a stable sort leaves those of a source in order.
-        return cls.of_flat(torch.nonzero_static(mine_GK, size=num_rows)[:, 0], mine_GK, num_choices)
+    def of(
+        cls,
+        flat_M: Tensor,
+        mine_GK: Tensor,
+        *,
+        token_of_source: Tensor,
+        received_of_source: Tensor,
+        num_choices: int,
+        num_tokens: int,
+    ) -> "Entries":
+        """In one pass over them.
 
-    @classmethod
-    def of_flat(cls, flat_M: Tensor, mine_GK: Tensor, num_choices: int) -> "Entries":
-        """``flat_M``: where each is in ``mine_GK``, which is flat."""
-        num_entries = flat_M.shape[0]
+        Args:
+            flat_M: where each is in ``mine_GK``.
+            mine_GK: flat, 1 + my expert of each choice of each source; larger than all for an entry of no expert.
+            token_of_source, received_of_source: of each source its global token, and its received row.
+            num_choices, num_tokens: K, and the tokens of the whole grid.
+        """
+        num_entries, num_tokens = flat_M.shape[0], max(num_tokens, 1)
         number_M, told_3M = torch.arange(num_entries, device=flat_M.device), flat_M.new_empty(3, num_entries)
-        if runs_fused(mine_GK):
-            source_M, mine_M = launched().entries(flat_M.contiguous(), mine_GK, num_choices, told_3M[2])
-            return cls(number_M, source_M, mine_M, told_3M)
+        if runs_fused(flat_M, mine_GK):
+            told_of_source = mine_GK, token_of_source, received_of_source
+            return cls(
+                number_M, launched().entries(flat_M, *told_of_source, num_choices, num_tokens, told_3M), told_3M
+            )
+        token_M, received_M, choice_M = told_3M.unbind(0)
         source_M = flat_M // num_choices
-        torch.sub(flat_M, source_M, alpha=num_choices, out=told_3M[2])
-        return cls(number_M, source_M, mine_GK.index_select(0, flat_M), told_3M)
+        torch.sub(flat_M, source_M, alpha=num_choices, out=choice_M)
+        torch.index_select(token_of_source, 0, source_M, out=token_M)
+        torch.index_select(received_of_source, 0, source_M, out=received_M)
+        return cls(number_M, token_M.add(mine_GK.index_select(0, flat_M), alpha=num_tokens), told_3M)
 
 
-def rows_in_order(entries: Entries, num_tokens: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """Entries -> rows: by expert, then global token, then choice. The keys ``mine * num_tokens + token`` of the rows,
-    and the tensors of a :class:`RowIndex` but one."""
-    key_of_entry_M = entries.token_M.add(entries.mine_M, alpha=max(num_tokens, 1))
-    key_of_row_M, entry_of_row_M = key_of_entry_M.sort(stable=True)
+def rows_in_order(entries: Entries) -> tuple[Tensor, dict[str, Tensor]]:
+    """Entries -> rows: by expert, then global token, then choice. The keys of the rows, and the tensors of a
+    :class:`RowIndex` but one."""
+    # Entries of a source are in the order of its choices, and a stable sort leaves them so.
+    key_of_row_M, entry_of_row_M = entries.key_M.sort(stable=True)
     told_3M, row_of_entry_M = reordered(entry_of_row_M, entries)
     token_of_row_M, received_of_row_M, choice_of_row_M = told_3M.unbind(0)
     return key_of_row_M, {

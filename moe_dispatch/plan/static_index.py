@@ -59,10 +59,15 @@ def index_received(mine_GK: Tensor, tokens: GroupTokens, in_pair: int, num_rows:
     if not len(chosen_GK):  # CUDA's nonzero_static divides by the number of values
         chosen_GK = chosen_GK.new_zeros(1)
     flat_of_entry_M = torch.nonzero_static(chosen_GK, size=num_rows, fill_value=len(mine_GK))[:, 0]
-    entries = Entries.of_flat(flat_of_entry_M, _with_last(mine_GK, after_mine), num_choices)
-    torch.index_select(_with_last(tokens.token_of_G, -1), 0, entries.source_M, out=entries.token_M)
-    torch.index_select(_with_last(slot_G, num_received), 0, entries.source_M, out=entries.received_M)
-    key_of_row_M, order = rows_in_order(entries, tokens.num_tokens)
+    entries = Entries.of(
+        flat_of_entry_M,
+        _with_last(mine_GK, after_mine),
+        token_of_source=_with_last(tokens.token_of_G, -1),
+        received_of_source=_with_last(slot_G, num_received),
+        num_choices=num_choices,
+        num_tokens=tokens.num_tokens,
+    )
+    key_of_row_M, order = rows_in_order(entries)
     first_entry_R = _starts_and_rest(entries.received_M, num_received)
     return rows_per_expert(key_of_row_M, tokens), RowIndex(**order, first_entry_R=first_entry_R)
 

@@ -56,8 +56,14 @@ def _index(told_RW: Tensor, facts: CountsFacts, num_rows: int) -> RowIndex:
     """Every received row has a choice here, so entries are those of its choices that fell on my experts."""
     token_of_received_R = told_RW[:, 0].to(torch.int64)
     id_RK = told_RW[:, NUMBER_STEPS:].view(facts.id_format.dtype)[:, : facts.num_choices].to(torch.int64)
-    entries = Entries.of(facts.mine_of_id.take(id_RK).view(-1), num_rows, facts.num_choices)
-    torch.index_select(token_of_received_R, 0, entries.source_M, out=entries.token_M)
-    entries.received_M.copy_(entries.source_M)
-    _, order = rows_in_order(entries, facts.num_tokens)
-    return RowIndex(**order, first_entry_R=first_entries(entries, told_RW.shape[0]))
+    mine_RK, num_received = facts.mine_of_id.take(id_RK).view(-1), told_RW.shape[0]
+    entries = Entries.of(
+        torch.nonzero_static(mine_RK, size=num_rows)[:, 0],
+        mine_RK,
+        token_of_source=token_of_received_R,
+        received_of_source=torch.arange(num_received, device=told_RW.device),
+        num_choices=facts.num_choices,
+        num_tokens=facts.num_tokens,
+    )
+    _, order = rows_in_order(entries)
+    return RowIndex(**order, first_entry_R=first_entries(entries, num_received))

@@ -43,8 +43,9 @@ KERNELS: dict[str, tuple[dict[str, str], dict[str, Any], set[str]]] = {
         {"ld.global.v4.b32"},  # one number is written
     ),
     "entries": (
-        dict.fromkeys(("flat_of", "mine_of", "source_out", "mine_out", "choice_out"), INDEX)
-        | {"count": INT, "K": INT},
+        dict.fromkeys(("flat_of", "mine_of", "token_of", "received_of"), INDEX)
+        | dict.fromkeys(("key_out", "token_out", "received_out", "choice_out"), INDEX)
+        | {"count": INT, "K": INT, "num_tokens": INT},
         {"BLOCK": 512},
         SINGLE,
     ),

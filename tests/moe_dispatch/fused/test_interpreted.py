@@ -142,12 +142,17 @@ def check_indices() -> None:
         found = []
         for is_fused in (False, True):
             with fused(is_fused) as asked:
-                entries = row_index.Entries.of(mine_GK, num_rows, num_choices)
-                entries.token_M.copy_(entries.source_M * 2)
-                entries.received_M.copy_(entries.source_M + 1)
-                key_M, in_order = row_index.rows_in_order(entries, 700)
+                entries = row_index.Entries.of(
+                    torch.nonzero_static(mine_GK, size=num_rows)[:, 0],
+                    mine_GK,
+                    token_of_source=torch.arange(num_sources) * 2,
+                    received_of_source=torch.arange(num_sources) + 1,
+                    num_choices=num_choices,
+                    num_tokens=2**40,  # keys do not fit 32 bits
+                )
+                key_M, in_order = row_index.rows_in_order(entries)
             assert len(asked) == 2
-            found.append([entries.source_M, entries.mine_M, entries.told_3M, key_M, *in_order.values()])
+            found.append([entries.number_M, entries.key_M, entries.told_3M, key_M, *in_order.values()])
         assert len(found[0][0]) == num_rows
         for plain, one_pass in zip(*found, strict=True):
             assert torch.equal(plain, one_pass)
