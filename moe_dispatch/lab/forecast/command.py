@@ -34,7 +34,7 @@ class Job:
     def run(self) -> int:
         """The exit status, 0."""
         predictions = [prediction for config in self.configs for prediction in predict(config)]
-        of_plans = list(plan_bytes(self.configs, predictions))
+        of_plans = list(plan_bytes(self.configs))
         console, config = output_console(json=self.json), self.configs[0]
         print_plan(console, config, predictions, of_plans)
         found: dict[str, Any] = {}

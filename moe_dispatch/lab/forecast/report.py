@@ -20,6 +20,9 @@ COLUMNS = (
     "ranks", *NAMES, "rows\nsent", "intra\nB/token", "inter\nB/token", "plan kB\nintra", "plan kB\ninter", "ms",
     "rows\nmean", "fullest", "payload\nMB", "rows\nMB",
 )  # fmt: skip
+PLAN_COLUMNS = (
+    "ranks", "form", "by ids\nkB", "ms", "by counts\nkB", "counts\nkB", "beside rows\nkB", "ms",
+)  # fmt: skip
 FIRST_TO_GO = (
     "plan kB\nintra", "plan kB\ninter", "rows\nmean", "rows\nMB", "payload\nMB", "rows\nsent", "fullest",
     "intra\nB/token", "inter\nB/token",
@@ -41,7 +44,8 @@ def print_plan(
         table.add_row(*_cells(each))
         before = each
     table.print(console)
-    print_lines(console, _notes(config, predictions, of_plans))
+    print_lines(console, _notes(config, predictions))
+    _print_plans(console, of_plans)
 
 
 def write_plan(
@@ -93,17 +97,25 @@ def _header(config: PlanConfig) -> str:
     )
 
 
-def _notes(config: PlanConfig, predictions: Sequence[Prediction], of_plans: Sequence[PlanBytes]) -> Iterator[str]:
-    model = config.model
-    yield (
-        f"plan_dispatch sends ids to every rank on fewer than {_first_by_counts(config)} ranks; from then on counts, "
-        "and ids with the rows, in as many collectives. A rank gets for its plan, with uniform routing:"
-    )
+def _print_plans(console: Console, of_plans: Sequence[PlanBytes]) -> None:
+    """A line for each number of ranks."""
+    table = FittingTable(*PLAN_COLUMNS, right=[column for column in PLAN_COLUMNS if column != "form"])
     for each in of_plans:
-        yield (
-            f"{each.ranks} ranks, {each.form}: {each.by_ids / 1e3:.1f} kB by ids; {each.by_counts / 1e3:.1f} kB by "
-            f"counts, {each.counts / 1e3:.1f} of them counts and {each.riding / 1e3:.1f} beside rows."
+        table.add_row(
+            f"{each.ranks}",
+            each.form,
+            f"{each.by_ids / 1e3:.1f}",
+            f"{each.by_ids_ms:.3f}",
+            f"{each.by_counts / 1e3:.1f}",
+            f"{each.counts / 1e3:.1f}",
+            f"{each.riding / 1e3:.1f}",
+            f"{each.by_counts_ms:.3f}",
         )
+    table.print(console)
+
+
+def _notes(config: PlanConfig, predictions: Sequence[Prediction]) -> Iterator[str]:
+    model = config.model
     if model.limited_groups < model.groups:
         yield (
             "Uniform routing draws a token's groups at random. Zipf routing takes the groups with the best two "
@@ -114,6 +126,10 @@ def _notes(config: PlanConfig, predictions: Sequence[Prediction], of_plans: Sequ
             f"{ranks} ranks for {model.experts} experts: {ranks - model.experts} of them hold none. Plan for the "
             f"expert-parallel group, of at most {model.experts} ranks; the others hold copies of it."
         )
+    yield (
+        f"plan_dispatch sends ids to every rank on fewer than {_first_by_counts(config)} ranks; from then on counts, "
+        "and ids beside the rows, in as many collectives. What a rank gets for its plan, with uniform routing:"
+    )
 
 
 def _first_by_counts(config: PlanConfig) -> int:

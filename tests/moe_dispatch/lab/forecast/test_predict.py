@@ -6,7 +6,7 @@ import pytest
 
 from moe_dispatch.lab.forecast.config import load_plan_config
 from moe_dispatch.lab.forecast.plan_bytes import PlanBytes, plan_bytes
-from moe_dispatch.lab.forecast.predict import predict
+from moe_dispatch.lab.forecast.predict import predict, widths_of
 from tests.support.lab.configs import CONFIGS
 
 PLANS = CONFIGS / "plan"
@@ -40,10 +40,32 @@ def test_the_bytes_of_both_forms_of_a_plan() -> None:
         config_with(model=model, load={"tokens_per_rank": 160}, cluster={"nodes": nodes, "ranks_per_node": 4})
         for nodes in (4, 3)
     ]
-    of_16, of_12 = plan_bytes(configs, [each for config in configs for each in predict(config)])
-    assert of_16 == PlanBytes(ranks=16, by_ids=15 * (4 + 640), counts=15 * 32, riding=150 * 8, form="by counts")
+    of_12, of_16, *of_many = plan_bytes(configs)
+    assert of_16 == PlanBytes(
+        ranks=16,
+        by_ids=15 * (4 + 640),
+        counts=15 * 32,
+        riding=150 * 8,
+        by_ids_ms=12 * 644 / 50e6,  # 3 of 15 peers are on the node, whose links are faster than they need to be
+        by_counts_ms=1680 * 12 / 15 / 50e6,
+        form="by counts",
+    )
     assert of_16.by_counts == 1680
     assert (of_12.ranks, of_12.by_ids, of_12.counts, of_12.form) == (12, 11 * 644, 11 * 32, "by ids")
+    assert [each.ranks for each in of_many] == [64, 256, 1024]
+    of_a_node, *_ = plan_bytes(
+        [config_with(load={"tokens_per_rank": 160}, cluster={"ranks_per_node": 64, "nodes": 1})]
+    )
+    assert of_a_node.by_ids_ms == of_a_node.by_ids / 160e6
+
+
+@pytest.mark.parametrize("nodes", [1, 4])
+def test_the_rows_that_ids_ride_beside_are_those_of_the_prediction(nodes: int) -> None:
+    config = config_with(cluster={"nodes": nodes, "ranks_per_node": 16})
+    _, rank, *_ = predict(config)
+    widths, (first, *_) = widths_of(config), plan_bytes([config])
+    wider = widths.riding_row(config.model.experts) - widths.weighted_row
+    assert first.riding == pytest.approx(rank.rows_sent * wider, rel=1e-12)
 
 
 def test_ids_beside_rows_are_bytes_of_dispatch_and_not_of_backward() -> None:
